@@ -1,0 +1,66 @@
+// mamba_scan.cu: checks the extents, chooses the kernel, adds the merge weights.
+#include "mamba_scan.h"
+
+#include "mamba_scan_impl.h"
+
+namespace stm {
+namespace {
+
+constexpr int32_t kMaxSeqlen = 16384, kMaxStates = 64, kMaxGridY = 65535;
+
+bool known(DataType type) {
+  return type == DataType::kFloat32 || type == DataType::kFloat16 || type == DataType::kBFloat16;
+}
+
+bool valid(const MambaScanParams& p) {
+  if (!known(p.type) || p.batch < 0 || p.batch > kMaxGridY || p.seqlen < 1 || p.seqlen > kMaxSeqlen) return false;
+  if (p.d_inner < 1 || p.d_state < 1 || p.d_state > kMaxStates || p.dt_rank < 1) return false;
+  if (p.row % 8 != 0 || p.row < p.dt_rank + 2 * p.d_state) return false;
+  if (p.cls_index < -1 || p.cls_index >= p.seqlen || p.nb_pairs < 0) return false;
+  if (p.weight_mode != WeightMode::kNone && p.nb_pairs > 0 && (!p.merge_pairs || !p.merge_weights)) return false;
+  return true;
+}
+
+}  // namespace
+
+int32_t mamba_scan_tactics(int32_t seqlen, int32_t d_inner, int32_t d_state, int32_t dt_rank, int32_t row,
+                           DataType type, int32_t* tactics, int32_t capacity) {
+  int32_t count = 0;
+  auto add = [&](MambaScanTactic tactic) {
+    if (count < capacity) tactics[count++] = static_cast<int32_t>(tactic);
+  };
+  if (!known(type) || seqlen < 1 || seqlen > kMaxSeqlen || d_inner < 1 || d_state < 1 || d_state > kMaxStates ||
+      dt_rank < 1 || row % 8 != 0 || row < dt_rank + 2 * d_state)
+    return 0;
+  add(MambaScanTactic::kSimple);
+  if (mamba_scan_walk_supported(d_inner, d_state, dt_rank, row, type)) add(MambaScanTactic::kWalkMma);
+  if (mamba_scan_segments_supported(seqlen, d_inner, d_state, dt_rank, row, type)) add(MambaScanTactic::kSegments);
+  return count;
+}
+
+size_t mamba_scan_workspace_bytes(int64_t batch, int64_t seqlen, int64_t d_inner, int64_t d_state, int64_t, DataType type) {
+  // Wrappers ask before the tactic is known: the largest need of any tactic, and only kSegments has one.
+  if (type == DataType::kFloat32 || d_state != 16) return 0;
+  return mamba_scan_segments_workspace_bytes(batch, seqlen, d_inner);
+}
+
+cudaError_t mamba_scan(const MambaScanParams& p, MambaScanTactic tactic, cudaStream_t stream) {
+  if (!valid(p)) return cudaErrorInvalidValue;
+  if (p.batch == 0) return cudaSuccess;
+  cudaError_t status = cudaErrorInvalidValue;
+  switch (tactic) {
+    case MambaScanTactic::kSimple: status = mamba_scan_simple(p, stream); break;
+    case MambaScanTactic::kWalkMma:
+      if (mamba_scan_walk_supported(p.d_inner, p.d_state, p.dt_rank, p.row, p.type)) status = mamba_scan_walk(p, stream);
+      break;
+    case MambaScanTactic::kSegments:
+      if (mamba_scan_segments_supported(p.seqlen, p.d_inner, p.d_state, p.dt_rank, p.row, p.type))
+        status = mamba_scan_segments(p, stream);
+      break;
+    case MambaScanTactic::kWalkMmaTwoPass: break;  // number reserved
+  }
+  if (status != cudaSuccess || p.weight_mode == WeightMode::kNone || p.nb_pairs == 0) return status;
+  return merge_weights(p, stream);
+}
+
+}  // namespace stm

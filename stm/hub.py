@@ -1,0 +1,33 @@
+"""Published weights from the model hub, fetched once and cached by huggingface_hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .errors import MissingDependencyError
+from .registry import PublishedWeights, model_entry
+
+
+def fetch_published(name: str) -> tuple[Path, PublishedWeights]:
+    """Download (once, with a progress bar) the published checkpoint of a model; returns its path in the cache.
+
+    Honours huggingface_hub's environment (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE).
+
+    Raises:
+        MissingDependencyError: huggingface_hub or the network is not there; says the two ways on.
+    """
+    weights = model_entry(name).weights
+    ways = "Pass --checkpoint FILE, or --weights random for a trial with random weights (every output will say so)."
+    if weights is None:
+        raise MissingDependencyError(f"{name!r} has no published weights. {ways}")
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise MissingDependencyError(f"published weights need the package huggingface_hub: pip install huggingface_hub. {ways}") from None
+    try:
+        path = hf_hub_download(weights.repo, weights.filename, etag_timeout=float(os.environ.get("HF_HUB_ETAG_TIMEOUT", "10")))
+    except Exception as error:  # huggingface_hub raises many kinds; each means that the file is not to be had
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+        raise MissingDependencyError(f"the published weights {weights.repo}/{weights.filename} cannot be had ({reason}). {ways}") from None
+    return Path(path), weights
