@@ -82,20 +82,15 @@ class MergeLayer(nn.Module):
 
     keep: Tensor
     sources: Tensor
-    scatter: Tensor
+    targets: Tensor
     fixed: Tensor | None
 
     def __init__(self, plan: MergePlan, layer: int) -> None:
         super().__init__()
         pairs, fixed = merge_table(plan, layer)
-        keep = plan.keep(layer)
-        row = {position: index for index, position in enumerate(keep)}
-        scatter = torch.zeros(len(keep), len(pairs), dtype=torch.float32)
-        for column, (_, target) in enumerate(pairs):
-            scatter[row[target], column] = 1
-        self.register_buffer("keep", torch.tensor(keep), persistent=False)
+        self.register_buffer("keep", torch.tensor(plan.keep(layer)), persistent=False)
         self.register_buffer("sources", torch.tensor([p for p, _ in pairs]), persistent=False)
-        self.register_buffer("scatter", scatter, persistent=False)
+        self.register_buffer("targets", torch.tensor([q for _, q in pairs]), persistent=False)
         self.register_buffer("fixed", None if fixed is None else torch.tensor([fixed], dtype=torch.float32), persistent=False)
         self.left: _SideWeights | None = None
         self.right: _SideWeights | None = None
@@ -117,4 +112,4 @@ class MergeLayer(nn.Module):
 
     def forward(self, residual: Tensor, forward_state: DirectionState, backward_state: DirectionState) -> Tensor:
         """Merge the residual stream (batch, seqlen, d_model)."""
-        return merge_tokens(residual, self.weights(forward_state, backward_state), self.keep, self.sources, self.scatter)
+        return merge_tokens(residual, self.weights(forward_state, backward_state), self.keep, self.sources, self.targets)

@@ -139,26 +139,26 @@ def merge_weights(
 _differentiable(merge_weights, _merge_weights)
 
 
-def _merge_tokens(x: Tensor, weights: Tensor, keep: Tensor, sources: Tensor, scatter: Tensor) -> Tensor:
+def _merge_tokens(x: Tensor, weights: Tensor, keep: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
     moved = x.index_select(1, sources) * weights.to(x.dtype).unsqueeze(-1)
-    return x.index_select(1, keep) + torch.matmul(scatter.to(x.dtype), moved)
+    scatter = (keep.unsqueeze(1) == targets).to(x.dtype)  # (seqlen_out, sources): a product repeats bit for bit, index_add may not
+    return x.index_select(1, keep) + torch.matmul(scatter, moved)
 
 
 @torch.library.custom_op("stm::merge_tokens", mutates_args=())
-def merge_tokens(x: Tensor, weights: Tensor, keep: Tensor, sources: Tensor, scatter: Tensor) -> Tensor:
+def merge_tokens(x: Tensor, weights: Tensor, keep: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
     """x_q <- x_q + sum_p w_p x_p, then drop the sources; order is kept (STM eq. 11).
 
     Args:
         x: (batch, seqlen, d_model).
         weights: (batch or 1, sources).
         keep: (seqlen_out), int64 positions that stay, ascending.
-        sources: (sources), int64 positions that move.
-        scatter: (seqlen_out, sources), 1 where a source goes.
+        sources, targets: (sources), int64 positions that move, and where to.
 
     Returns:
         (batch, seqlen_out, d_model), in x's dtype.
     """
-    return _merge_tokens(x, weights, keep, sources, scatter)
+    return _merge_tokens(x, weights, keep, sources, targets)
 
 
 _differentiable(merge_tokens, _merge_tokens)

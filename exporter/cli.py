@@ -1,0 +1,298 @@
+"""The `stm` command: parse, call, print. `stm-export` is `stm export`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from stm.errors import ConfigError, StmError
+
+# Nothing heavy is imported here: `stm --help` answers at once. torch, onnx and the rest come with the verbs.
+
+_EPILOG = """exit codes: 0 ok, 2 usage, 3 missing dependency, network or GPU, 4 export failed, 5 build failed, 6 plugin missing or
+node not taken, 7 parity failed, 8 performance gate failed, 9 artefact mismatch"""
+
+
+def _image_size(text: str) -> int | tuple[int, int]:
+    try:
+        sides = [int(part) for part in text.lower().split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2) or min(sides, default=0) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give H or HxW in pixels, for example 224 or 192x256")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = -1.0
+    if not 0 <= rate < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: the share of tokens removed by the last layer, 0 <= rate < 1")
+    return rate
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _batches(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="NAME", help="vim-t, vim-s, vim-b, vim-t-stride8, vim-s-stride8")
+    parser.add_argument("--image-size", type=_image_size, default=224, metavar="H[xW]", help="pixels (default 224)")
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("merge plan (without --rate and --plan nothing merges)")
+    group.add_argument("--rate", type=_rate, metavar="R", help="share of tokens removed by the last layer, for example 0.2")
+    group.add_argument("--plan", metavar="FILE|PRESET", help="a plan file, or stm-15, stm-20, stm-30, stm-40")
+    group.add_argument("--rule", choices=("edge", "frontier", "spread", "one_sided"), help="which tokens merge (default edge)")
+    group.add_argument(
+        "--merge-weights", choices=("hsp", "hsp_literal", "decay", "sum", "mean"), help="how sources are weighted (default hsp, hidden-states protection)"
+    )
+    group.add_argument("--proportional-decay", action="store_true", help="a token made of s originals decays s times as long")
+
+
+def _weights_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("weights")
+    group.add_argument("--checkpoint", metavar="FILE", help="a published .pth, a bare state dict, or .safetensors")
+    group.add_argument("--weights", choices=("pretrained", "random"), default="pretrained", help="without --checkpoint: fetch the published ones, or random for a trial")
+    group.add_argument("--ema", action="store_true", help="take the checkpoint's model_ema")
+    group.add_argument("--seed", type=int, default=0, help="of random weights (default 0)")
+    group.add_argument("--num-classes", type=_positive, default=1000, metavar="N")
+    group.add_argument("--pos-embed-resize", choices=("correct", "official"), default="correct", help="how a position embedding of another size is interpolated")
+
+
+def _json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def _export_parser(parser: argparse.ArgumentParser) -> None:
+    _model_options(parser)
+    _weights_options(parser)
+    _plan_options(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("-o", "--output", required=True, metavar="OUT", help="FILE.onnx, or a directory for everything")
+    group.add_argument("--precision", choices=("fp32",), default="fp32", help="of the portable file")
+    group.add_argument("--opset", type=int, choices=(18, 19, 20), default=18)
+    group.add_argument("--classes", metavar="FILE", help="class names, one a line (default: ImageNet's for 1000 classes)")
+    group = parser.add_argument_group("parity")
+    group.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare with PyTorch")
+    group.add_argument("--bisect", action="store_true", help="if parity fails, name the first tensor that deviates")
+    _json_option(parser)
+
+
+def _plan_parser(parser: argparse.ArgumentParser) -> None:
+    _model_options(parser)
+    _plan_options(parser)
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the plan (.json) or its picture (.png)")
+    parser.add_argument("--draw", metavar="FILE.png", help="draw the plan")
+    parser.add_argument("--image", metavar="FILE", help="picture to draw on")
+    _json_option(parser)
+
+
+def _verify_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE.onnx")
+    parser.add_argument("--checkpoint", metavar="FILE", help="the weights it was made from")
+    parser.add_argument("--ema", action="store_true")
+    parser.add_argument("--reference", metavar="DIR", help="compare with saved inputs and outputs instead of PyTorch (needs no torch)")
+    parser.add_argument("--batch", type=_batches, default=[1, 5], metavar="N[,N..]", help="batch sizes (default 1,5)")
+    parser.add_argument("--bisect", action="store_true", help="if parity fails, name the first tensor that deviates")
+    _json_option(parser)
+
+
+def _inspect_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help=".onnx, a plan (.json), or weights (.pth, .safetensors)")
+    _json_option(parser)
+
+
+# --- verbs: each returns (object for --json, lines for people) ---------------------------------------------------------
+
+Answer = tuple[dict[str, Any], list[str]]
+
+
+def _figures(summary: dict[str, Any]) -> list[str]:
+    seqlen = summary["seqlen"]
+    runs: list[str] = []
+    for length in seqlen:
+        if runs and runs[-1].split("x")[0] == str(length):
+            runs[-1] = f"{length}x{int(runs[-1].partition('x')[2] or 1) + 1}"
+        else:
+            runs.append(str(length))
+    return [
+        f"  tokens a layer        {' '.join(runs)}",
+        f"  tokens left           {summary['tokens_left']} of {seqlen[0]}",
+        f"  token-layers removed  {summary['token_layers_removed']} of {seqlen[0] * len(seqlen)}",
+        f"  GFLOPs, true          {summary['gflops_true']:.3f} ({summary['gflops_true_change']:+.1%}; both scan directions and the merge)",
+        f"  GFLOPs, paper         {summary['gflops_paper']:.3f} ({summary['gflops_paper_change']:+.1%}; one direction, as papers print)",
+    ]
+
+
+def _warn_random(is_random: bool, what: str) -> list[str]:
+    return [f"  WARNING: {what}. Good for trials of speed and parity, not for predictions."] if is_random else []
+
+
+def _run_export(args: argparse.Namespace) -> Answer:
+    from .deploy import export
+
+    classes = None
+    if args.classes:
+        try:
+            classes = Path(args.classes).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read --classes {args.classes}: {error}") from None
+    result = export(
+        args.model,
+        args.output,
+        checkpoint=args.checkpoint,
+        weights=args.weights,
+        ema=args.ema,
+        rate=args.rate,
+        plan=args.plan,
+        merge_weights=args.merge_weights,
+        rule=args.rule,
+        proportional_decay=args.proportional_decay,
+        image_size=args.image_size,
+        num_classes=args.num_classes,
+        classes=classes,
+        precision=args.precision,
+        opset=args.opset,
+        seed=args.seed,
+        pos_embed_resize=args.pos_embed_resize,
+        verify_output=args.verify,
+        bisect=args.bisect,
+        show_progress=True,
+    )
+    lines = [f"{result.model}, {result.precision}, {result.weights}", *_warn_random(result.weights_random, result.weights), *_figures(result.summary)]
+    lines += result.parity.lines() if result.parity else ["  parity NOT checked (--no-verify)"]
+    lines += [f"wrote {result.outputs[0]} ({result.bytes / 1e6:.1f} MB) in {sum(result.seconds.values()):.0f} s", *(f"      {made}" for made in result.outputs[1:])]
+    return {"exit_code": 0, **result.to_dict()}, lines
+
+
+def _run_plan(args: argparse.Namespace) -> Answer:
+    from stm import make_plan, model_config, plan_summary
+
+    from .deploy import choose_plan
+
+    config = model_config(args.model, args.image_size)
+    plan = choose_plan(
+        args.model,
+        args.image_size,
+        rate=args.rate,
+        plan=args.plan,
+        merge_weights=args.merge_weights,
+        rule=args.rule,
+        proportional_decay=args.proportional_decay,
+    ) or make_plan(config)
+    written, drawings = [], [args.draw] if args.draw else []
+    if args.output:
+        suffix = Path(args.output).suffix
+        if suffix == ".png":
+            drawings.append(args.output)
+        elif suffix == ".json":
+            plan.save(args.output)
+            written.append(args.output)
+        else:
+            raise ConfigError(f"-o {args.output}: give .json for the plan or .png for its picture")
+    for path in drawings:
+        from .drawing import draw_plan
+
+        draw_plan(config, plan, path, args.image)
+        written.append(path)
+    summary = plan_summary(config, plan)
+    height, width = config.image_size
+    lines = [f"{config.name} at {height}x{width}, weights {plan.weights}", *_figures(summary), *(f"wrote {path}" for path in written)]
+    return {"exit_code": 0, **summary, "outputs": written}, lines
+
+
+def _run_verify(args: argparse.Namespace) -> Answer:
+    from .verification import verify_file
+
+    report = verify_file(args.file, checkpoint=args.checkpoint, ema=args.ema, reference=args.reference, batches=args.batch, bisect=args.bisect)
+    return {"exit_code": 0 if report else 7, **report.to_dict()}, report.lines()
+
+
+def _run_inspect(args: argparse.Namespace) -> Answer:
+    from .inspection import inspect
+
+    found = inspect(args.file)
+    lines = [f"{found['file']}: {found['kind']}"]
+    for key, value in found.items():
+        if key in ("file", "kind"):
+            continue
+        if isinstance(value, dict):
+            lines.append(f"  {key}:")
+            lines += [f"    {k:<22} {v}" for k, v in value.items()]
+        elif isinstance(value, list) and value and isinstance(value[0], str):
+            lines.append(f"  {key}:")
+            lines += [f"    {item}" for item in value]
+        else:
+            lines.append(f"  {key:<24} {value}")
+    return {"exit_code": 0, **found}, lines
+
+
+_VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Answer]]] = {
+    "export": ("weights + merge plan -> a verified .onnx", _export_parser, _run_export),
+    "plan": ("make, explain and draw a merge plan", _plan_parser, _run_plan),
+    "verify": ("compare a file with PyTorch or with saved outputs", _verify_parser, _run_verify),
+    "inspect": ("explain an .onnx, a plan, a weights file", _inspect_parser, _run_inspect),
+}
+
+
+def _parser(verb: str | None = None) -> argparse.ArgumentParser:
+    from stm.version import __version__
+
+    if verb is not None:
+        text, options, _ = _VERBS[verb]
+        parser = argparse.ArgumentParser(f"stm-{verb}", description=text, epilog=_EPILOG, allow_abbrev=False)
+        options(parser)
+        parser.set_defaults(verb=verb)
+    else:
+        parser = argparse.ArgumentParser(
+            "stm", description="Vision Mamba with Sequential Token Merging: plan, export, verify, inspect.", epilog=_EPILOG, allow_abbrev=False
+        )
+        verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+        for name, (text, options, _) in _VERBS.items():
+            options(verbs.add_parser(name, help=text, description=text, epilog=_EPILOG, allow_abbrev=False))
+    parser.add_argument("--version", action="version", version=f"stm {__version__}")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, verb: str | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = _parser(verb).parse_args(argv)
+    try:
+        answer, lines = _VERBS[args.verb][2](args)
+    except StmError as error:
+        if args.json:
+            print(json.dumps({"exit_code": error.exit_code, "error": type(error).__name__, "message": str(error)}))
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    print(json.dumps(answer) if args.json else "\n".join(lines))
+    return int(answer["exit_code"])
+
+
+def main_export() -> int:
+    """`stm-export`."""
+    return main(verb="export")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

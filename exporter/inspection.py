@@ -1,0 +1,112 @@
+"""inspect: what is in an .onnx, a plan, or a weights file."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from stm import ConfigError, MergePlan, load_checkpoint, model_config, plan_summary
+from stm.registry import list_models, model_entry
+
+from .errors import ArtefactError
+from .op_schema import DOMAIN
+
+MAX_ONNX_BYTES = 1 << 31
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """Describe a file; `kind` in the result is "onnx", "plan" or "checkpoint".
+
+    Raises:
+        ArtefactError: no such file, or not an ONNX model.
+        PlanError, CheckpointError: the file is broken.
+        ConfigError: the suffix says nothing we know.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ArtefactError(f"no file {path}")
+    if path.suffix == ".onnx":
+        return _inspect_onnx(path)
+    if path.suffix == ".json":
+        return _inspect_plan(path)
+    if path.suffix in (".pth", ".pt", ".bin", ".ckpt", ".safetensors"):
+        return _inspect_checkpoint(path)
+    raise ConfigError(f"{path}: inspect reads .onnx, .json (a plan), and .pth, .pt, .bin, .ckpt, .safetensors (weights)")
+
+
+def _inspect_onnx(path: Path) -> dict[str, Any]:
+    if path.stat().st_size >= MAX_ONNX_BYTES:
+        raise ArtefactError(f"{path} has {path.stat().st_size} bytes; ONNX files of 2 GiB and more are not read")
+    try:
+        model = onnx.load(str(path))
+    except Exception as error:
+        raise ArtefactError(f"{path} is not an ONNX model: {str(error)[:200]}") from None
+    meta = {entry.key.removeprefix("stm."): entry.value for entry in model.metadata_props if entry.key.startswith("stm.")}
+    ours = Counter(node.op_type for node in model.graph.node if node.domain == DOMAIN)
+
+    def shape(value: onnx.ValueInfoProto) -> str:
+        dims = [dim.dim_param or str(dim.dim_value) for dim in value.type.tensor_type.shape.dim]
+        kind = onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower()
+        return f"{value.name} {kind} ({', '.join(dims)})"
+
+    return {
+        "kind": "onnx",
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "ir_version": model.ir_version,
+        "opset": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        "inputs": [shape(value) for value in model.graph.input],
+        "outputs": [shape(value) for value in model.graph.output],
+        "nodes": len(model.graph.node),
+        "stm_nodes": dict(sorted(ours.items())),
+        "nodes_without_body": sorted(ours.keys() - {function.name for function in model.functions}),
+        "functions": [function.name for function in model.functions],
+        "made_by_us": bool(meta),
+        "metadata": {key: value for key, value in meta.items() if key not in ("plan", "classes", "seqlen")},
+        "seqlen": json.loads(meta["seqlen"]) if meta.get("seqlen") else None,
+        "classes": len(json.loads(meta["classes"])) if meta.get("classes") else None,
+    }
+
+
+def _inspect_plan(path: Path) -> dict[str, Any]:
+    plan = MergePlan.load(path)
+    described: dict[str, Any] = {"kind": "plan", "file": str(path), "proportional_decay": plan.proportional_decay, "depth": plan.depth}
+    if plan.model in list_models():
+        described |= plan_summary(model_config(plan.model, plan.image_size), plan)
+    else:
+        described |= {"model": plan.model, "seqlen": plan.lengths, "tokens_left": plan.tokens_left, "token_layers_removed": plan.token_layers_removed}
+    described["merges"] = {str(layer): [f"{list(g.sources)} -> {g.target}" for g in groups] for layer, groups in sorted(plan.layers.items())}
+    return described
+
+
+def _inspect_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        loaded = load_checkpoint(path)
+    except Exception as error:
+        if "has no 'model'" not in str(error):
+            raise
+        loaded = load_checkpoint(path, ema=True)
+    state = loaded.state_dict
+    fits = None
+    pos, depth = state.get("pos_embed"), len({name.split(".")[1] for name in state if name.startswith("layers.")})
+    for name in list_models():
+        config = model_entry(name).config
+        if pos is not None and pos.dim() == 3 and pos.shape[2] == config.d_model and depth == config.depth and pos.shape[1] == config.seqlen:
+            fits = name
+            break
+    return {
+        "kind": "checkpoint",
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "sha256": loaded.sha256,
+        "entry": loaded.source,
+        "tensors": len(state),
+        "parameters": sum(value.numel() for value in state.values()),
+        "dtypes": sorted({str(value.dtype).removeprefix("torch.") for value in state.values()}),
+        "tokens": None if pos is None else pos.shape[1],
+        "fits": fits,
+    }

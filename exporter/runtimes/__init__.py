@@ -1,0 +1,1 @@
+"""Runtimes behind Polygraphy's runner interface: PyTorch (the reference), ONNX Runtime."""
