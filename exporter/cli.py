@@ -59,7 +59,9 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--plan", metavar="FILE|PRESET", help="a plan file, or stm-15, stm-20, stm-30, stm-40")
     group.add_argument("--rule", choices=("edge", "frontier", "spread", "one_sided"), help="which tokens merge (default edge)")
     group.add_argument(
-        "--merge-weights", choices=("hsp", "hsp_literal", "decay", "sum", "mean"), help="how sources are weighted (default hsp, hidden-states protection)"
+        "--merge-weights",
+        choices=("hsp", "hsp_literal", "decay", "sum", "mean"),
+        help="how sources are weighted (default hsp, hidden-states protection)",
     )
     group.add_argument("--proportional-decay", action="store_true", help="a token made of s originals decays s times as long")
 
@@ -67,11 +69,18 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 def _weights_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("weights")
     group.add_argument("--checkpoint", metavar="FILE", help="a published .pth, a bare state dict, or .safetensors")
-    group.add_argument("--weights", choices=("pretrained", "random"), default="pretrained", help="without --checkpoint: fetch the published ones, or random for a trial")
+    group.add_argument(
+        "--weights",
+        choices=("pretrained", "random"),
+        default="pretrained",
+        help="without --checkpoint: fetch the published ones, or random for a trial",
+    )
     group.add_argument("--ema", action="store_true", help="take the checkpoint's model_ema")
     group.add_argument("--seed", type=int, default=0, help="of random weights (default 0)")
     group.add_argument("--num-classes", type=_positive, default=1000, metavar="N")
-    group.add_argument("--pos-embed-resize", choices=("correct", "official"), default="correct", help="how a position embedding of another size is interpolated")
+    group.add_argument(
+        "--pos-embed-resize", choices=("correct", "official"), default="correct", help="how a position embedding of another size is interpolated"
+    )
 
 
 def _json_option(parser: argparse.ArgumentParser) -> None:
@@ -176,7 +185,10 @@ def _run_export(args: argparse.Namespace) -> Answer:
     )
     lines = [f"{result.model}, {result.precision}, {result.weights}", *_warn_random(result.weights_random, result.weights), *_figures(result.summary)]
     lines += result.parity.lines() if result.parity else ["  parity NOT checked (--no-verify)"]
-    lines += [f"wrote {result.outputs[0]} ({result.bytes / 1e6:.1f} MB) in {sum(result.seconds.values()):.0f} s", *(f"      {made}" for made in result.outputs[1:])]
+    lines += [
+        f"wrote {result.outputs[0]} ({result.bytes / 1e6:.1f} MB) in {sum(result.seconds.values()):.0f} s",
+        *(f"      {made}" for made in result.outputs[1:]),
+    ]
     return {"exit_code": 0, **result.to_dict()}, lines
 
 

@@ -20,9 +20,7 @@ MAX_PIXELS = 100_000_000
 Floats = NDArray[np.float32]
 
 
-def preprocess(
-    image: Image.Image, size: tuple[int, int], mean: Sequence[float], std: Sequence[float], crop_ratio: float = CROP_RATIO
-) -> Floats:
+def preprocess(image: Image.Image, size: tuple[int, int], mean: Sequence[float], std: Sequence[float], crop_ratio: float = CROP_RATIO) -> Floats:
     """Resize so that the crop is `crop_ratio` of it (bicubic, antialiased), centre crop, scale to 0..1, normalise.
 
     At 224 this is the published evaluation: shorter side to 256, crop 224 (ImageNet mean and std; the model's own

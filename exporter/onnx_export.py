@@ -138,7 +138,9 @@ def metadata(model: VisionMamba, precision: str, classes: list[str] | None = Non
     return {
         "stm.version": __version__,
         "stm.model": config.name,
-        "stm.config": json.dumps({k: getattr(config, k) for k in ("d_model", "depth", "d_state", "d_conv", "expand", "dt_rank", "patch_size", "stride", "num_classes")}),
+        "stm.config": json.dumps(
+            {k: getattr(config, k) for k in ("d_model", "depth", "d_state", "d_conv", "expand", "dt_rank", "patch_size", "stride", "num_classes")}
+        ),
         "stm.precision": precision,
         "stm.weights": str(provenance) if provenance else "unknown",
         "stm.weights_random": json.dumps(bool(provenance and provenance.is_random)),

@@ -78,5 +78,7 @@ def verify_file(
     )
     found = state_dict_sha256(model.state_dict())
     if found != meta["weights_sha256"]:
-        raise ArtefactError(f"the weights' hash is {found[:16]}.., {path} was made from {meta['weights_sha256'][:16]}..; pass the right --checkpoint (and --ema)")
+        raise ArtefactError(
+            f"the weights' hash is {found[:16]}.., {path} was made from {meta['weights_sha256'][:16]}..; pass the right --checkpoint (and --ema)"
+        )
     return verify(path, model, precision=precision, batches=batches, bisect=bisect)

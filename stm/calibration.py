@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from .factory import with_plan
-from .merging import DirectionState
+from .merging import DirectionState, MergeLayer
 from .plan import MergePlan
 from .vim import VisionMamba
 
@@ -28,12 +29,12 @@ def calibrate_constants(model: VisionMamba, plan: MergePlan, batches: Iterable[T
     sums: dict[int, Tensor] = {}
     count = 0
     hooks = []
-    for index, block in enumerate(merged.layers):
+    for index, block in enumerate(merged.blocks):
         if block.merge is None:
             continue
 
         def collect(module: torch.nn.Module, arguments: tuple[Tensor, DirectionState, DirectionState], layer: int = index) -> None:
-            weights = module.weights(arguments[1], arguments[2]).expand(arguments[0].shape[0], -1)
+            weights = cast(MergeLayer, module).weights(arguments[1], arguments[2]).expand(arguments[0].shape[0], -1)
             sums[layer] = sums.get(layer, torch.zeros(())) + weights.double().sum(0)
 
         hooks.append(block.merge.register_forward_pre_hook(collect))

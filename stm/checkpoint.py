@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import VimConfig
+from .config import MAX_TOKENS, VimConfig
 from .errors import CheckpointError, MissingDependencyError
 
 POS_EMBED_RESIZE = ("correct", "official")
@@ -56,14 +56,10 @@ class Provenance:
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_chunks(file)
-
-
-def _sha256_chunks(file) -> str:  # type: ignore[no-untyped-def]
     digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -73,7 +69,7 @@ def state_dict_sha256(state_dict: Mapping[str, Tensor]) -> str:
     for name in sorted(state_dict):
         tensor = state_dict[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -107,8 +103,12 @@ def load_checkpoint(path: str | os.PathLike[str], ema: bool = False) -> Checkpoi
     if not content:
         raise CheckpointError(f"{path} holds no weights")
     for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path}: key {name!r:.80} is a {type(name).__name__}, not a parameter name; is this a ViM checkpoint?")
+        if not isinstance(value, Tensor):
             raise CheckpointError(f"{path}: entry {name!r:.80} is a {type(value).__name__}, not a tensor; is this a ViM checkpoint?")
+        if value.device.type != "cpu" or value.layout != torch.strided:
+            raise CheckpointError(f"{path}: {name} has no plain data (device {value.device}, {value.layout}); save the state dict from the CPU")
     state = dict(content)
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
@@ -177,7 +177,9 @@ def resize_pos_embed(pos_embed: Tensor, config: VimConfig, method: str = "correc
     return torch.cat([grid[:, :new_slot], cls, grid[:, new_slot:]], 1)
 
 
-def fit_state_dict(model: nn.Module, config: VimConfig, state: Mapping[str, Tensor], where: str, pos_embed_resize: str = "correct") -> dict[str, Tensor]:
+def fit_state_dict(
+    model: nn.Module, config: VimConfig, state: Mapping[str, Tensor], where: str, pos_embed_resize: str = "correct"
+) -> dict[str, Tensor]:
     """Check a state dict against a model and interpolate its position embedding where the grid differs.
 
     Raises:
@@ -195,6 +197,9 @@ def fit_state_dict(model: nn.Module, config: VimConfig, state: Mapping[str, Tens
         raise CheckpointError(f"{where} does not fit {config.name!r}: it {' and '.join(parts)}")
     fitted = dict(state)
     pos = fitted["pos_embed"]
+    if pos.dim() == 3 and pos.shape[1] > MAX_TOKENS:
+        raise CheckpointError(f"{where}: pos_embed has {pos.shape[1]} slots; at most {MAX_TOKENS} tokens are supported")
+    # An embedding of the right length is taken as it is: nothing in a file says whether its grid was another one.
     if pos.dim() == 3 and pos.shape[2] == config.d_model and pos.shape[1] != config.seqlen and pos.shape[1] > 2:
         fitted["pos_embed"] = resize_pos_embed(pos.float(), config, pos_embed_resize)
     for name, value in fitted.items():
@@ -207,4 +212,6 @@ def fit_state_dict(model: nn.Module, config: VimConfig, state: Mapping[str, Tens
             raise CheckpointError(f"{where}: {name} has shape {tuple(value.shape)}, {config.name!r} needs {tuple(expected[name].shape)}{mend}")
         if not value.is_floating_point():
             raise CheckpointError(f"{where}: {name} has dtype {value.dtype}; weights are floating point")
+        if not torch.isfinite(value).all():
+            raise CheckpointError(f"{where}: {name} has NaN or infinite values; the checkpoint is damaged or its training diverged")
     return fitted

@@ -68,9 +68,10 @@ class _SideWeights(nn.Module):
 
     def forward(self, state: DirectionState) -> Tensor:
         part = slice(self.low, self.high)
-        return merge_weights(
+        weights: Tensor = merge_weights(
             state.delta[:, part], state.delta_bias, state.A, state.B[:, part], self.span, self.sources, self.targets, self.mode
         )
+        return weights
 
 
 class MergeLayer(nn.Module):
@@ -112,4 +113,5 @@ class MergeLayer(nn.Module):
 
     def forward(self, residual: Tensor, forward_state: DirectionState, backward_state: DirectionState) -> Tensor:
         """Merge the residual stream (batch, seqlen, d_model)."""
-        return merge_tokens(residual, self.weights(forward_state, backward_state), self.keep, self.sources, self.targets)
+        merged: Tensor = merge_tokens(residual, self.weights(forward_state, backward_state), self.keep, self.sources, self.targets)
+        return merged

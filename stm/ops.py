@@ -7,6 +7,7 @@ fake version and its gradient derive.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ HSP_EPSILON = 1e-12
 LITERAL_EPSILON = 1e-6
 
 
-def _differentiable(op: torch.library.CustomOpDef, plain: Callable[..., Tensor]) -> None:
+def _differentiable(op: Any, plain: Callable[..., Tensor]) -> None:
     """Register fake and gradient of `op` from the plain function it runs."""
     op.register_fake(plain)
 
@@ -27,9 +28,7 @@ def _differentiable(op: torch.library.CustomOpDef, plain: Callable[..., Tensor])
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         saved = iter(ctx.saved_tensors)
         with torch.enable_grad():
-            inputs = [
-                next(saved).detach().requires_grad_(ctx.needs_input_grad[i]) if slot is None else slot[0] for i, slot in enumerate(ctx.layout)
-            ]
+            inputs = [next(saved).detach().requires_grad_(ctx.needs_input_grad[i]) if slot is None else slot[0] for i, slot in enumerate(ctx.layout)]
             wanted = [x for i, x in enumerate(inputs) if ctx.layout[i] is None and ctx.needs_input_grad[i]]
             found = iter(torch.autograd.grad(plain(*inputs), wanted, grad, allow_unused=True))
         return tuple(next(found) if ctx.layout[i] is None and ctx.needs_input_grad[i] else None for i in range(len(inputs)))
@@ -88,9 +87,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 _differentiable(rms_norm, _rms_norm)
 
 
-def _merge_weights(
-    delta: Tensor, delta_bias: Tensor, A: Tensor, B: Tensor, span: Tensor, sources: Tensor, targets: Tensor, mode: str
-) -> Tensor:
+def _merge_weights(delta: Tensor, delta_bias: Tensor, A: Tensor, B: Tensor, span: Tensor, sources: Tensor, targets: Tensor, mode: str) -> Tensor:
     wide = torch.float64 if A.dtype == torch.float64 else torch.float32
     d = F.softplus(delta.to(wide) + delta_bias.to(wide))
     A, B = A.to(wide), B.to(wide)
@@ -113,9 +110,7 @@ def _merge_weights(
 
 
 @torch.library.custom_op("stm::merge_weights", mutates_args=())
-def merge_weights(
-    delta: Tensor, delta_bias: Tensor, A: Tensor, B: Tensor, span: Tensor, sources: Tensor, targets: Tensor, mode: str
-) -> Tensor:
+def merge_weights(delta: Tensor, delta_bias: Tensor, A: Tensor, B: Tensor, span: Tensor, sources: Tensor, targets: Tensor, mode: str) -> Tensor:
     """Weights with which sources join their targets, from one direction of the layer before (STM eq. 11, DESIGN 3).
 
     With d = softplus(delta + delta_bias), Bbar = d B and Abar = exp(A sum of d over the span) for source p, target q:

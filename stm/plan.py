@@ -342,9 +342,7 @@ def _check(plan: MergePlan) -> None:
     if plan.weights == "constant":
         given = {layer: len(values) for layer, values in (plan.constants or {}).items() if values}
         if given != wanted:
-            raise PlanError(
-                f"plan constants count {given} sources, the layers {wanted}; calibrate: stm.calibrate_constants, or choose other weights"
-            )
+            raise PlanError(f"plan constants count {given} sources, the layers {wanted}; calibrate: stm.calibrate_constants, or choose other weights")
     elif plan.constants is not None:
         raise PlanError(f"plan has constants but its weights are {plan.weights!r}; drop them or use weights 'constant'")
 
@@ -366,9 +364,7 @@ def _check_group(layer: int, group: Group, length: int, cls: int, used: set[int]
     for source in group.sources:
         outer = source < group.target < cls or source > group.target > cls
         if not outer:
-            raise PlanError(
-                f"{where}: source {source} is not on the outer side of its target (class token at {cls}); merge towards the class token"
-            )
+            raise PlanError(f"{where}: source {source} is not on the outer side of its target (class token at {cls}); merge towards the class token")
 
 
 # --- generators -------------------------------------------------------------------------------------------------------
@@ -540,9 +536,7 @@ def _spread(side: list[int], count: int) -> list[tuple[list[int], int]]:
     return _merge_pairs(side, [index * len(side) // count for index in range(count)])
 
 
-def resolve_plan(
-    config: VimConfig, plan: MergePlan | str | os.PathLike[str] | None, *, weights: str | None = None
-) -> MergePlan | None:
+def resolve_plan(config: VimConfig, plan: MergePlan | str | os.PathLike[str] | None, *, weights: str | None = None) -> MergePlan | None:
     """Turn what a user may pass as `plan` (a plan, a preset name, a path, None) into a plan that fits the model."""
     if plan is None:
         return None

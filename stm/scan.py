@@ -8,6 +8,8 @@ are float32, or float64 where any input is. s_t = 1 unless `decay_scale` is give
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,7 +63,16 @@ def _states(decay: Tensor, fed: Tensor, h: Tensor, order: range) -> Tensor:
 
 
 def _forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, decay_scale: Tensor | None, softplus: bool, reverse: bool
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    decay_scale: Tensor | None,
+    softplus: bool,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     wide = _wide(u, delta, A, B, C)
     batch, seqlen, d_inner = u.shape
@@ -102,7 +113,16 @@ def _scan_op(
 
 @_scan_op.register_fake
 def _(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, decay_scale: Tensor | None, softplus: bool, reverse: bool
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    decay_scale: Tensor | None,
+    softplus: bool,
+    reverse: bool,
 ) -> Tensor:
     return u.new_empty(u.shape, dtype=_wide(u, delta, A, B, C))
 
@@ -125,7 +145,16 @@ def _scan_state_op(
 
 @_scan_state_op.register_fake
 def _(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, decay_scale: Tensor | None, softplus: bool, reverse: bool
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    decay_scale: Tensor | None,
+    softplus: bool,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     wide = _wide(u, delta, A, B, C)
     return u.new_empty(u.shape, dtype=wide), u.new_empty((u.shape[0], u.shape[2], A.shape[1]), dtype=wide)
@@ -233,8 +262,8 @@ def selective_scan(
         ShapeError: an extent differs; names it and both values.
     """
     op = "selective_scan"
-    if u.dim() != 3:
-        raise ShapeError(f"{op}: u has shape {tuple(u.shape)}, expected (batch, seqlen, d_inner)")
+    if u.dim() != 3 or not u.is_floating_point():
+        raise ShapeError(f"{op}: u has shape {tuple(u.shape)} ({u.dtype}), expected floating point (batch, seqlen, d_inner)")
     if A.dim() != 2 or A.is_complex():
         raise ShapeError(f"{op}: A has shape {tuple(A.shape)} ({A.dtype}), expected real (d_inner, d_state)")
     batch, seqlen, d_inner = u.shape
@@ -251,7 +280,7 @@ def selective_scan(
         _check_shape(op, "decay_scale", decay_scale, (seqlen,), "seqlen")
     D = A.new_zeros(d_inner) if D is None else D
     delta_bias = A.new_zeros(d_inner) if delta_bias is None else delta_bias
-    y = _scan_op(u, delta, A, B, C, D, delta_bias, decay_scale, delta_softplus, reverse)
+    y: Tensor = _scan_op(u, delta, A, B, C, D, delta_bias, decay_scale, delta_softplus, reverse)
     if z is not None:
         y = y * F.silu(z.to(y.dtype))
     return y.to(u.dtype)
@@ -326,7 +355,9 @@ def selective_scan_fn(
         elif matrix.dim() == 4 and matrix.shape[1] and dim % matrix.shape[1] == 0:
             _check_shape(op, name, matrix, (batch, matrix.shape[1], dstate, pair * seqlen), "batch, groups, dstate, seqlen")
         else:
-            raise ShapeError(f"{op}: {name} has shape {tuple(matrix.shape)}, expected (dim, dstate), (batch, dstate, seqlen) or 4 axes with groups dividing dim {dim}")
+            raise ShapeError(
+                f"{op}: {name} has shape {tuple(matrix.shape)}, expected (dim, dstate), (batch, dstate, seqlen) or 4 axes, groups dividing dim {dim}"
+            )
     if not A.is_complex() and B.dim() > 2 and C.dim() > 2:
         y, state = _grouped(u, delta, A, B, C, D, delta_bias, delta_softplus, return_last_state)
     else:
@@ -345,7 +376,7 @@ def _grouped(
 ) -> tuple[Tensor, Tensor | None]:
     """Real A, variable B and C: the custom op, once a group of consecutive channels."""
     B, C = (m if m.dim() == 4 else m.unsqueeze(1) for m in (B, C))
-    groups = max(B.shape[1], C.shape[1])
+    groups = math.lcm(B.shape[1], C.shape[1])
     width = A.shape[0] // groups
     D = A.new_zeros(A.shape[0]) if D is None else D
     bias = A.new_zeros(A.shape[0]) if bias is None else bias
@@ -379,7 +410,7 @@ def _general(
             return matrix.to(torch.promote_types(matrix.dtype, wide))
         matrix = matrix.to(wide)
         if A.is_complex():
-            matrix = torch.view_as_complex(matrix.unflatten(-1, (-1, 2)).contiguous())
+            matrix = torch.view_as_complex(matrix.reshape(*matrix.shape[:-1], -1, 2).contiguous())
         matrix = matrix if matrix.dim() == 4 else matrix.unsqueeze(1)
         return matrix.repeat_interleave(A.shape[0] // matrix.shape[1], 1)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        normed: Tensor = rms_norm(x, self.weight, self.eps)
+        return normed
 
 
 class CausalConvSilu(nn.Module):
@@ -44,7 +46,8 @@ class CausalConvSilu(nn.Module):
         self.reverse = reverse
 
     def forward(self, x: Tensor) -> Tensor:
-        return causal_conv_silu(x, self.weight.squeeze(1), self.bias, self.reverse)
+        u: Tensor = causal_conv_silu(x, self.weight.squeeze(1), self.bias, self.reverse)
+        return u
 
 
 class DeltaProjection(nn.Linear):
@@ -112,9 +115,9 @@ class Mixer(nn.Module):
         u = conv(x)
         dt, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         # A, D and the delta bias stay in float32 or wider whatever the model's dtype, as published.
-        A, D, bias = (p.float() if p.dtype in (torch.float16, torch.bfloat16) else p for p in (A_log, D, dt_proj.bias))
-        state = DirectionState(dt_proj(dt), bias, -torch.exp(A), B)
-        return scan(u, state, C, D, decay_scale), state
+        wide_A_log, wide_D, bias = (p.float() if p.dtype in (torch.float16, torch.bfloat16) else p for p in (A_log, D, dt_proj.bias))
+        state = DirectionState(dt_proj(dt), bias, -torch.exp(wide_A_log), B)
+        return scan(u, state, C, wide_D, decay_scale), state
 
     def forward(self, hidden: Tensor, cls_index: int | None = None, decay_scale: Tensor | None = None) -> MixerOutput:
         """Mix tokens (batch, seqlen, d_model).
@@ -147,9 +150,7 @@ class Block(nn.Module):
         self.merge: MergeLayer | None = None
         self.register_buffer("decay_scale", None, persistent=False)
 
-    def forward(
-        self, residual: Tensor, before: MixerOutput | None, cls_index: int | None
-    ) -> tuple[Tensor, MixerOutput]:
+    def forward(self, residual: Tensor, before: MixerOutput | None, cls_index: int | None) -> tuple[Tensor, MixerOutput]:
         """Add the layer before's output, merge, normalise, mix. Returns the residual and this mixer's output."""
         if before is not None:
             residual = residual + before.hidden.to(residual.dtype)
@@ -166,7 +167,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, config.d_model, config.patch_size, config.stride)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)
+        patches: Tensor = self.proj(images)
+        return patches.flatten(2).transpose(1, 2)
 
 
 class VisionMamba(nn.Module):
@@ -177,6 +179,8 @@ class VisionMamba(nn.Module):
         plan: merge plan, or None for the unmerged model.
         cls_only_last: compute only the class token in the last layer, which is exact because the head reads nothing
             else.
+
+    Weights are random (seed 0) until a state dict is loaded; `create_model` does that.
 
     Raises:
         PlanError: the plan was made for another model.
@@ -193,6 +197,8 @@ class VisionMamba(nn.Module):
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
         self.head = nn.Linear(config.d_model, config.num_classes)
         self.set_plan(plan)
+        if not self.cls_token.is_meta:
+            self.init_weights(seed=0)
 
     def set_plan(self, plan: MergePlan | None) -> None:
         """Merge by this plan from now on (None: not at all); weights stay as they are.
@@ -206,9 +212,14 @@ class VisionMamba(nn.Module):
         self.plan = plan
         self.cls_positions = plan.cls_positions if plan is not None else [self.config.cls_index] * self.config.depth
         sizes = plan.sizes() if plan is not None and plan.proportional_decay else None
-        for index, block in enumerate(self.layers):
+        for index, block in enumerate(self.blocks):
             block.merge = MergeLayer(plan, index) if plan is not None and plan.groups(index) else None
             block.decay_scale = None if sizes is None else torch.tensor(sizes[index], dtype=torch.float32)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """`layers`, typed."""
+        return [cast(Block, layer) for layer in self.layers]
 
     def embed(self, images: Tensor) -> Tensor:
         """(batch, 3, height, width), normalised -> tokens (batch, seqlen, d_model), float32 or wider."""
@@ -227,15 +238,16 @@ class VisionMamba(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, num_classes) of normalised images (batch, 3, height, width)."""
         residual, output = self.embed(images), None
-        last = len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
+        last = self.config.depth - 1
+        for index, layer in enumerate(self.blocks):
             cls_index = self.cls_positions[index] if self.cls_only_last and index == last else None
             residual, output = layer(residual, output, cls_index)
         assert output is not None
         c = self.cls_positions[last]
         residual = residual[:, c : c + 1]
         hidden = output.hidden if self.cls_only_last else output.hidden[:, c : c + 1]
-        return self.head(self.norm_f(residual + hidden.to(residual.dtype))[:, 0])
+        logits: Tensor = self.head(self.norm_f(residual + hidden.to(residual.dtype))[:, 0])
+        return logits
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -250,8 +262,9 @@ class VisionMamba(nn.Module):
         normal(self.cls_token, 0, 0.5)
         normal(self.pos_embed, 0, 0.3)
         normal(self.patch_embed.proj.weight, 0, 1 / math.sqrt(3 * config.patch_size**2))
+        assert self.patch_embed.proj.bias is not None
         normal(self.patch_embed.proj.bias, 0, 0.02)
-        for block in self.layers:
+        for block in self.blocks:
             mixer = block.mixer
             normal(block.norm.weight, 1, 0.1)
             normal(mixer.in_proj.weight, 0, 1 / math.sqrt(config.d_model))

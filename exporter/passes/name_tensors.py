@@ -16,7 +16,6 @@ from ..errors import ExportError
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 _ROLES = {"MatMul": {1: "weight_t"}, "Gemm": {1: "weight", 2: "bias"}}
-_SCAN_ROLES = {2: "A"}
 _CONV_ROLES = {1: "weight"}
 
 
@@ -36,7 +35,7 @@ def name_tensors(model: onnx.ModelProto) -> onnx.ModelProto:
         ExportError: the exporter left no scopes.
     """
     graph = model.graph
-    modules = [module_of(node) for node in graph.node]
+    modules = [module_of(node) or "" for node in graph.node]
     if not any(modules):
         raise ExportError("name_tensors: no node says which torch module it belongs to; is this model fresh from torch.onnx.export?")
     fixed = {value.name for value in (*graph.input, *graph.output)}
@@ -48,24 +47,26 @@ def name_tensors(model: onnx.ModelProto) -> onnx.ModelProto:
             taken.add(new)
             renamed[old] = new
 
-    last = {module: node for module, node in zip(modules, graph.node, strict=True) if module}
-    for module, node in last.items():
-        rename(node.output[0], module)
+    last = {scope: node for scope, node in zip(modules, graph.node, strict=True) if scope}
+    for scope, node in last.items():
+        rename(node.output[0], scope)
     initializers = {initializer.name for initializer in graph.initializer}
-    for module, node in zip(modules, graph.node, strict=True):
-        if not module:
+    for scope, node in zip(modules, graph.node, strict=True):
+        if not scope:
             continue
+        module: str = scope
         roles = _ROLES.get(node.op_type, {})
         if node.op_type.startswith("StmSelectiveScan"):
-            module, roles = module.removesuffix(".scan").removesuffix(".scan_b"), {2: "A_b" if module.endswith("_b") else "A"}
+            roles = {2: "A_b" if module.endswith("_b") else "A"}
+            module = module.rpartition(".")[0]
         elif node.op_type.startswith("StmCausalConvSilu"):
             roles = _CONV_ROLES
         for index, role in roles.items():
             if index < len(node.input) and node.input[index] in initializers and not node.input[index].startswith(f"{module}."):
                 rename(node.input[index], f"{module}.{role}")
     counts: dict[str, int] = {}
-    for module, node in zip(modules, graph.node, strict=True):
-        base = f"{module}/{node.op_type}" if module else node.op_type
+    for scope, node in zip(modules, graph.node, strict=True):
+        base = f"{scope}/{node.op_type}" if scope else node.op_type
         counts[base] = counts.get(base, 0) + 1
         node.name = base if counts[base] == 1 else f"{base}_{counts[base]}"
         node.input[:] = [renamed.get(name, name) for name in node.input]

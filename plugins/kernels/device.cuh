@@ -158,9 +158,10 @@ __device__ __forceinline__ void copy_async16(void* dst, const void* src, bool va
                "r"(valid ? 16 : 0)
                : "memory");
 }
-// 8 bytes, through L1.
-__device__ __forceinline__ void copy_async8(void* dst, const void* src) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((uint32_t)__cvta_generic_to_shared(dst)), "l"(src)
+// 8 bytes, through L1; zeros if not `valid`.
+__device__ __forceinline__ void copy_async8(void* dst, const void* src, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(dst)), "l"(src),
+               "r"(valid ? 8 : 0)
                : "memory");
 }
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

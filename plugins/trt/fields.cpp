@@ -93,7 +93,7 @@ bool read_fields(const AttributeTable& table, const PluginFieldCollection* field
       char buffer[256];
       Text known(buffer, sizeof buffer);
       for (int32_t k = 0; k < table.count; ++k) known.add("%s'%s'", k ? ", " : "", table.specs[k].name);
-      return where.fail("attribute '%s' is unknown; this library (ops version 1) knows %s", field.name ? field.name : "",
+      return where.fail("attribute '%s' is unknown; this library knows %s", field.name ? field.name : "",
                         table.count ? buffer : "none");
     }
     if (seen[s]) return where.fail("attribute '%s' is given twice", field.name);

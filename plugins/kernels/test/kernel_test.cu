@@ -1,0 +1,902 @@
+// kernel_test.cu: every kernel, tactic and type against a float64 reference on the CPU; with --time, how long they take.
+//   kernel_test [--quick] [--time] [--only conv|scan|norm] [--verbose]
+// Outputs start as NaN, with canaries behind them; each case runs twice, the second time from a captured graph, and both
+// results must be equal bit for bit. The reference gets the inputs as rounded to T. Exit code: number of failures > 0.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../add_merge_norm.h"
+#include "../conv_xproj.h"
+#include "../mamba_scan.h"
+
+namespace {
+
+using namespace stm;
+
+#define CHECK_CUDA(call)                                                                               \
+  do {                                                                                                 \
+    const cudaError_t status_ = (call);                                                                \
+    if (status_ != cudaSuccess) {                                                                      \
+      std::printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(status_));          \
+      std::exit(2);                                                                                    \
+    }                                                                                                  \
+  } while (0)
+
+// ---- element types on the host ----------------------------------------------------------------------------------
+
+size_t size_of(DataType type) { return type == DataType::kFloat32 ? 4 : 2; }
+const char* name_of(DataType type) {
+  return type == DataType::kFloat32 ? "fp32" : type == DataType::kFloat16 ? "fp16" : "bf16";
+}
+const DataType kTypes[] = {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16};
+
+double round_to(DataType type, double v) {
+  const float f = static_cast<float>(v);
+  if (type == DataType::kFloat16) return __half2float(__float2half_rn(f));
+  if (type == DataType::kBFloat16) return __bfloat162float(__float2bfloat16_rn(f));
+  return f;
+}
+
+struct Random {  // splitmix64 and Box-Muller: the same numbers on every platform
+  uint64_t state;
+  explicit Random(uint64_t seed) : state(seed * 0x9e3779b97f4a7c15ull + 1) {}
+  uint64_t next() {
+    uint64_t z = (state += 0x9e3779b97f4a7c15ull);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ (z >> 31);
+  }
+  double uniform() { return (static_cast<double>(next() >> 11) + 0.5) * 0x1p-53; }
+  double gauss() { return std::sqrt(-2 * std::log(uniform())) * std::cos(6.283185307179586 * uniform()); }
+};
+
+using Values = std::vector<double>;
+
+Values gaussian(DataType type, int64_t n, double mean, double deviation, uint64_t seed) {
+  Random random(seed);
+  Values v(static_cast<size_t>(n));
+  for (double& x : v) x = round_to(type, mean + deviation * random.gauss());
+  return v;
+}
+
+// ---- device memory ----------------------------------------------------------------------------------------------
+
+constexpr size_t kCanaryBytes = 256;
+constexpr int kCanary = 0xa5;
+
+struct Buffer {
+  void* data = nullptr;
+  size_t bytes = 0;
+  explicit Buffer(size_t size) : bytes(size) {
+    CHECK_CUDA(cudaMalloc(&data, bytes + kCanaryBytes));
+    poison();
+  }
+  Buffer(const Values& v, DataType type) : Buffer(v.size() * size_of(type)) {
+    std::vector<unsigned char> raw(bytes + 1);
+    for (size_t i = 0; i < v.size(); i++) {
+      const float f = static_cast<float>(v[i]);
+      if (type == DataType::kFloat32) {
+        std::memcpy(&raw[4 * i], &f, 4);
+      } else if (type == DataType::kFloat16) {
+        const __half h = __float2half_rn(f);
+        std::memcpy(&raw[2 * i], &h, 2);
+      } else {
+        const __nv_bfloat16 h = __float2bfloat16_rn(f);
+        std::memcpy(&raw[2 * i], &h, 2);
+      }
+    }
+    if (bytes) CHECK_CUDA(cudaMemcpy(data, raw.data(), bytes, cudaMemcpyHostToDevice));
+  }
+  explicit Buffer(const std::vector<int32_t>& v) : Buffer(v.size() * 4) {
+    if (bytes) CHECK_CUDA(cudaMemcpy(data, v.data(), bytes, cudaMemcpyHostToDevice));
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { cudaFree(data); }
+  void poison() {  // 0xffff and 0xffffffff are NaN in every type
+    if (bytes) CHECK_CUDA(cudaMemset(data, 0xff, bytes));
+    CHECK_CUDA(cudaMemset(static_cast<char*>(data) + bytes, kCanary, kCanaryBytes));
+  }
+  std::vector<unsigned char> raw() const {
+    std::vector<unsigned char> v(bytes + kCanaryBytes);
+    CHECK_CUDA(cudaMemcpy(v.data(), data, v.size(), cudaMemcpyDeviceToHost));
+    return v;
+  }
+  template <typename P>
+  P* as() const {
+    return static_cast<P*>(data);
+  }
+};
+
+Values decode(const std::vector<unsigned char>& raw, size_t bytes, DataType type) {
+  Values v(bytes / size_of(type));
+  for (size_t i = 0; i < v.size(); i++) {
+    if (type == DataType::kFloat32) {
+      float f;
+      std::memcpy(&f, &raw[4 * i], 4);
+      v[i] = f;
+    } else if (type == DataType::kFloat16) {
+      __half h;
+      std::memcpy(&h, &raw[2 * i], 2);
+      v[i] = __half2float(h);
+    } else {
+      __nv_bfloat16 h;
+      std::memcpy(&h, &raw[2 * i], 2);
+      v[i] = __bfloat162float(h);
+    }
+  }
+  return v;
+}
+
+void parallel_for(int64_t n, const std::function<void(int64_t)>& body) {
+  const int64_t workers = std::min<int64_t>(n, std::max(1u, std::thread::hardware_concurrency()));
+  std::vector<std::thread> threads;
+  for (int64_t w = 0; w < workers; w++)
+    threads.emplace_back([=, &body] {
+      for (int64_t i = w; i < n; i += workers) body(i);
+    });
+  for (auto& t : threads) t.join();
+}
+
+// ---- results ----------------------------------------------------------------------------------------------------
+
+struct Options {
+  bool quick = false, time = false, verbose = false;
+  std::string only;
+} options;
+
+struct Group {
+  int cases = 0, failures = 0;
+  double worst = 0, worst_ratio = 0;
+  std::string worst_case;
+};
+std::map<std::string, Group> groups;
+int failures = 0;
+
+void report(const std::string& group, const std::string& what, double error, double bound, const std::string& trouble) {
+  Group& g = groups[group];
+  g.cases++;
+  const bool ok = trouble.empty() && error <= bound;  // a NaN error fails
+  if (!(error / bound <= g.worst_ratio)) g.worst = error, g.worst_ratio = error / bound, g.worst_case = what;
+  if (!ok) g.failures++, failures++;
+  if (!ok || options.verbose)
+    std::printf("%s %-28s %-64s error %.2e bound %.1e %s\n", ok ? "ok  " : "FAIL", group.c_str(), what.c_str(), error,
+                bound, trouble.c_str());
+}
+
+// norm of the difference over norm of the reference
+double relative_error(const Values& got, const Values& want) {
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < want.size(); i++) {
+    difference += (got[i] - want[i]) * (got[i] - want[i]);
+    norm += want[i] * want[i];
+  }
+  return std::sqrt(difference / std::max(norm, 1e-300));
+}
+
+struct Output {
+  Buffer* buffer;
+  DataType type;
+};
+
+// Runs `enqueue` twice, the second time captured; returns what is wrong apart from the values, and the values.
+std::string run_twice(const std::function<cudaError_t(cudaStream_t)>& enqueue, const std::vector<Output>& outputs,
+                      std::vector<Values>& values) {
+  cudaStream_t stream;
+  CHECK_CUDA(cudaStreamCreate(&stream));
+  std::vector<std::vector<unsigned char>> first;
+  std::string trouble;
+  for (int pass = 0; pass < 2; pass++) {
+    for (const Output& o : outputs) o.buffer->poison();
+    CHECK_CUDA(cudaDeviceSynchronize());
+    cudaError_t status = cudaSuccess;
+    if (pass == 0) {
+      status = enqueue(stream);
+    } else {
+      cudaGraph_t graph;
+      cudaGraphExec_t instance;
+      CHECK_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+      status = enqueue(stream);
+      CHECK_CUDA(cudaStreamEndCapture(stream, &graph));
+      CHECK_CUDA(cudaGraphInstantiate(&instance, graph, 0));
+      CHECK_CUDA(cudaGraphLaunch(instance, stream));
+      CHECK_CUDA(cudaStreamSynchronize(stream));
+      CHECK_CUDA(cudaGraphExecDestroy(instance));
+      CHECK_CUDA(cudaGraphDestroy(graph));
+    }
+    if (status != cudaSuccess) {
+      trouble = std::string("returns ") + cudaGetErrorString(status);
+      break;
+    }
+    CHECK_CUDA(cudaDeviceSynchronize());
+    for (size_t i = 0; i < outputs.size(); i++) {
+      const auto raw = outputs[i].buffer->raw();
+      const size_t bytes = outputs[i].buffer->bytes;
+      for (size_t j = bytes; j < raw.size(); j++)
+        if (raw[j] != kCanary) {
+          trouble += " canary of output " + std::to_string(i);
+          break;
+        }
+      if (pass == 0) {
+        first.push_back(raw);
+        values.push_back(decode(raw, bytes, outputs[i].type));
+        int64_t nans = 0;
+        for (double v : values.back()) nans += std::isnan(v);
+        if (nans) trouble += " " + std::to_string(nans) + " NaN in output " + std::to_string(i);
+      } else if (std::memcmp(raw.data(), first[i].data(), bytes) != 0) {
+        trouble += " runs differ in output " + std::to_string(i);
+      }
+    }
+  }
+  CHECK_CUDA(cudaStreamDestroy(stream));
+  return trouble;
+}
+
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+double softplus(double x) { return x > 20 ? x : std::log1p(std::exp(x)); }
+
+// ---- inputs of one layer ----------------------------------------------------------------------------------------
+
+enum class Level { kTrained, kHard, kExtreme };
+const char* name_of(Level level) {
+  return level == Level::kTrained ? "" : level == Level::kHard ? " hard" : " extreme";
+}
+
+struct Case {
+  int batch = 2, seqlen = 197, d_inner = 96, d_state = 16, dt_rank = 12, cls = -1, mode = 0;
+  bool scaled = false;
+  Level level = Level::kTrained;
+  int pairs = 0;  // 0: the edge rule with two sources a side; 1: long spans and both directions
+  int row() const { return (dt_rank + 2 * d_state + 7) / 8 * 8; }
+  std::string text() const {
+    char s[160];
+    std::snprintf(s, sizeof s, "B%d L%d E%d N%d R%d%s%s%s%s%s", batch, seqlen, d_inner, d_state, dt_rank,
+                  cls >= 0 ? (" cls" + std::to_string(cls)).c_str() : "", scaled ? " scaled" : "",
+                  mode ? (" mode" + std::to_string(mode)).c_str() : "", pairs ? " long pairs" : "", name_of(level));
+    return s;
+  }
+};
+
+// Trained-like: delta has its median at 0.017 and 0.1 % above 0.3; A = -(1..16) with 5 % noise. Hard: delta up to 3, 30 %
+// noise. Extreme: delta up to 10 and down to 1e-6, A over six decades, large x: where clamps and fast functions break.
+struct Layer {
+  Values xz, x_dbl, conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D, scale;
+  Layer(const Case& c, DataType T) {
+    const int64_t B = c.batch, L = c.seqlen, E = c.d_inner, N = c.d_state, R = c.dt_rank, P = c.row();
+    const DataType f = DataType::kFloat32;
+    const bool extreme = c.level == Level::kExtreme;
+    const double deviation = c.level == Level::kTrained ? 0.68 : 1.6, noise = c.level == Level::kTrained ? 0.05 : 0.3;
+    xz = gaussian(T, B * L * 2 * E, 0, extreme ? 2 : 1, 1);
+    x_dbl = gaussian(T, 2 * B * L * P, 0, 1, 2);
+    conv_weight = gaussian(f, 2 * E * 4, 0, 0.5, 3);
+    conv_bias = gaussian(f, 2 * E, 0, 0.1, 4);
+    x_proj_weight = gaussian(T, 2 * P * E, 0, 1 / std::sqrt(static_cast<double>(E)), 5);
+    for (int d = 0; d < 2; d++)  // the padding rows of the contract
+      for (int64_t o = R + 2 * N; o < P; o++)
+        for (int64_t e = 0; e < E; e++) x_proj_weight[(d * P + o) * E + e] = 0;
+    dt_weight = gaussian(T, 2 * E * R, 0, deviation / std::sqrt(static_cast<double>(R)), 6);
+    dt_bias = gaussian(f, 2 * E, -4.07, deviation, 7);
+    A = gaussian(f, 2 * E * N, 0, 1, 8);
+    for (int64_t i = 0; i < 2 * E * N; i++) {
+      double v = (i % N + 1) * std::exp(noise * A[i]);
+      if (extreme && (i / N) % 2) v = std::pow(10., 3 * std::max(-1., std::min(1., A[i] / 2)));
+      A[i] = round_to(f, -v);
+    }
+    if (extreme)
+      for (int64_t e = 0; e < 2 * E; e += 3) dt_bias[e] = round_to(f, e % 2 ? 7 : -13);
+    D = gaussian(f, 2 * E, 1, 0.1, 9);
+    scale = gaussian(f, L, 1.3, 0.4, 10);
+    for (double& s : scale) s = round_to(f, std::fabs(s));
+  }
+};
+
+std::vector<int32_t> merge_pairs(const Case& c) {
+  const int L = c.seqlen;
+  std::vector<int32_t> pairs;
+  auto add = [&](int p, int q) { pairs.push_back(std::min(p, L - 1)), pairs.push_back(std::min(q, L - 1)); };
+  if (c.pairs == 0) {
+    const int last = L - 1;
+    add(0, 2), add(1, 2), add(std::max(last - 1, 0), std::max(last - 2, 0)), add(last, std::max(last - 2, 0));
+  } else {
+    add(0, L - 1), add(L - 1, 0), add(3, L / 2), add(L / 2, 3), add(L / 2, L / 2 + 9), add(10, 2), add(5, 5);
+  }
+  return pairs;
+}
+
+// u of one channel and direction, by token
+void conv_reference(const Layer& w, const Case& c, int dir, int b, int e, Values& u) {
+  const int L = c.seqlen, E = c.d_inner;
+  u.assign(L, 0);
+  for (int t = 0; t < L; t++) {
+    double s = w.conv_bias[dir * E + e];
+    for (int j = 0; j < 4; j++) {
+      const int from = dir ? t + 3 - j : t - 3 + j;
+      if (from >= 0 && from < L)
+        s += w.conv_weight[(static_cast<int64_t>(dir) * E + e) * 4 + j] *
+             w.xz[(static_cast<int64_t>(b) * L + from) * 2 * E + e];
+    }
+    u[t] = s * sigmoid(s);
+  }
+}
+
+double delta_reference(const Layer& w, const Case& c, int dir, int b, int e, int t) {
+  const int64_t L = c.seqlen, E = c.d_inner, R = c.dt_rank, P = c.row();
+  double s = w.dt_bias[dir * E + e];
+  for (int64_t r = 0; r < R; r++) s += w.dt_weight[(dir * E + e) * R + r] * w.x_dbl[((dir * c.batch + b) * L + t) * P + r];
+  return softplus(s);
+}
+
+// ---- conv_xproj -------------------------------------------------------------------------------------------------
+
+void test_conv(const Case& c, DataType T) {
+  const int64_t B = c.batch, L = c.seqlen, E = c.d_inner, P = c.row();
+  const Layer w(c, T);
+  Values want(2 * B * L * P, 0.);
+  parallel_for(2 * B, [&](int64_t i) {
+    const int dir = static_cast<int>(i / B), b = static_cast<int>(i % B);
+    Values u;
+    for (int e = 0; e < E; e++) {
+      conv_reference(w, c, dir, b, e, u);
+      for (int64_t t = 0; t < L; t++)
+        for (int64_t o = 0; o < P; o++) want[(i * L + t) * P + o] += u[t] * w.x_proj_weight[(dir * P + o) * E + e];
+    }
+  });
+  Buffer xz(w.xz, T), conv_weight(w.conv_weight, DataType::kFloat32), conv_bias(w.conv_bias, DataType::kFloat32),
+      x_proj_weight(w.x_proj_weight, T), x_dbl(want.size() * size_of(T)),
+      workspace(conv_xproj_workspace_bytes(B, L, E, P, T));
+  int32_t tactics[8];
+  const int32_t count = conv_xproj_tactics(c.seqlen, c.d_inner, c.row(), T, tactics, 8);
+  for (int i = 0; i < count; i++) {
+    const auto tactic = static_cast<ConvXProjTactic>(tactics[i]);
+    ConvXProjParams p{};
+    p.batch = c.batch, p.seqlen = c.seqlen, p.d_inner = c.d_inner, p.row = c.row(), p.type = T;
+    p.xz = xz.data, p.conv_weight = conv_weight.as<float>(), p.conv_bias = conv_bias.as<float>();
+    p.x_proj_weight = x_proj_weight.data, p.x_dbl = x_dbl.data, p.workspace = workspace.data;
+    std::vector<Values> got;
+    const std::string trouble = run_twice([&](cudaStream_t s) { return conv_xproj(p, tactic, s); },
+                                          {{&x_dbl, T}, {&workspace, T}}, got);
+    // fp16: u and the result are rounded, 2e-4 each; bf16 eight times as coarse
+    const double bound = T == DataType::kFloat32 ? 3e-6 : T == DataType::kFloat16 ? 6e-4 : 5e-3;
+    const std::string no_workspace = trouble;
+    report(std::string("conv_xproj ") + (tactics[i] == 1 ? "simple " : "tensor core ") + name_of(T), c.text(),
+           got.empty() ? NAN : relative_error(got[0], want), bound, no_workspace);
+  }
+}
+
+// ---- mamba_scan -------------------------------------------------------------------------------------------------
+
+const char* name_of(MambaScanTactic tactic) {
+  switch (tactic) {
+    case MambaScanTactic::kSimple: return "simple";
+    case MambaScanTactic::kWalkMma: return "walk mma";
+    case MambaScanTactic::kSegments: return "segments";
+    case MambaScanTactic::kWalkMmaTwoPass: return "two pass";
+  }
+  return "?";
+}
+
+struct ScanReference {
+  Values y, weights, weight_scale;  // weight_scale: mean absolute term, what rounding is relative to
+};
+
+ScanReference scan_reference(const Layer& w, const Case& c, const std::vector<int32_t>& pairs) {
+  const int64_t B = c.batch, L = c.seqlen, E = c.d_inner, N = c.d_state, R = c.dt_rank, P = c.row();
+  const int64_t L_out = c.cls >= 0 ? 1 : L;
+  ScanReference r;
+  r.y.assign(B * L_out * E, 0);
+  parallel_for(B * E, [&](int64_t i) {
+    const int b = static_cast<int>(i / E), e = static_cast<int>(i % E);
+    Values u, h(N);
+    for (int dir = 0; dir < 2; dir++) {
+      conv_reference(w, c, dir, b, e, u);
+      std::fill(h.begin(), h.end(), 0.);
+      for (int64_t k = 0; k < L; k++) {
+        const int64_t t = dir ? L - 1 - k : k;
+        const double* row = &w.x_dbl[((dir * B + b) * L + t) * P + R];
+        const double delta = delta_reference(w, c, dir, b, e, static_cast<int>(t)), s = c.scaled ? w.scale[t] : 1;
+        double sum = w.D[dir * E + e] * u[t];
+        for (int64_t n = 0; n < N; n++) {
+          h[n] = std::exp(s * delta * w.A[(dir * E + e) * N + n]) * h[n] + delta * row[n] * u[t];
+          sum += h[n] * row[N + n];
+        }
+        const double z = w.xz[(b * L + t) * 2 * E + E + e];
+        if (c.cls < 0 || t == c.cls) r.y[(b * L_out + (c.cls < 0 ? t : 0)) * E + e] += sum * z * sigmoid(z);
+      }
+    }
+  });
+  if (c.mode == 0) return r;
+  const int64_t S = static_cast<int64_t>(pairs.size()) / 2;
+  r.weights.assign(B * S, 0), r.weight_scale.assign(B * S, 0);
+  parallel_for(B * S, [&](int64_t i) {
+    const int b = static_cast<int>(i / S), p = pairs[2 * (i % S)], q = pairs[2 * (i % S) + 1];
+    const int dir = p < q ? 0 : 1, step = dir ? -1 : 1;
+    const double* source = &w.x_dbl[((dir * B + b) * L + p) * P + R];
+    const double* target = &w.x_dbl[((dir * B + b) * L + q) * P + R];
+    double sum = 0, norm = 0, scale = 0;
+    for (int e = 0; e < E; e++) {
+      double sigma = 0;
+      for (int t = p; t != q;) t += step, sigma += (c.scaled ? w.scale[t] : 1) * delta_reference(w, c, dir, b, e, t);
+      const double dp = delta_reference(w, c, dir, b, e, p), dq = delta_reference(w, c, dir, b, e, q);
+      for (int64_t n = 0; n < N; n++) {
+        const double decay = std::exp(w.A[(dir * E + e) * N + n] * sigma), from = dp * source[n], to = dq * target[n];
+        const double term = c.mode == 1   ? decay * from * to
+                            : c.mode == 2 ? decay
+                                          : decay * from / (to + (to < 0 ? -1e-6 : 1e-6));
+        sum += term, scale += std::fabs(term), norm += to * to;
+      }
+    }
+    if (c.mode == 1)
+      r.weights[i] = std::min(1., std::max(0., sum / (norm + 1e-12))), r.weight_scale[i] = scale / (norm + 1e-12);
+    else
+      r.weights[i] = sum / (E * N), r.weight_scale[i] = scale / (E * N);
+  });
+  return r;
+}
+
+struct ScanBuffers {
+  Buffer xz, x_dbl, conv_weight, conv_bias, dt_weight, dt_bias, A, D, scale, pairs, y, weights, workspace;
+  ScanBuffers(const Layer& w, const Case& c, DataType T, const std::vector<int32_t>& merges)
+      : xz(w.xz, T), x_dbl(w.x_dbl, T), conv_weight(w.conv_weight, DataType::kFloat32),
+        conv_bias(w.conv_bias, DataType::kFloat32), dt_weight(w.dt_weight, T), dt_bias(w.dt_bias, DataType::kFloat32),
+        A(w.A, DataType::kFloat32), D(w.D, DataType::kFloat32), scale(w.scale, DataType::kFloat32), pairs(merges),
+        y(static_cast<size_t>(c.batch) * (c.cls < 0 ? c.seqlen : 1) * c.d_inner * size_of(T)),
+        weights(static_cast<size_t>(c.batch) * (merges.size() / 2) * 4),
+        workspace(mamba_scan_workspace_bytes(c.batch, c.seqlen, c.d_inner, c.d_state,
+                                             static_cast<int64_t>(merges.size() / 2), T)) {}
+  MambaScanParams params(const Case& c, DataType T) const {
+    MambaScanParams p{};
+    p.batch = c.batch, p.seqlen = c.seqlen, p.d_inner = c.d_inner, p.d_state = c.d_state, p.dt_rank = c.dt_rank;
+    p.row = c.row(), p.cls_index = c.cls, p.type = T, p.weight_mode = static_cast<WeightMode>(c.mode);
+    p.nb_pairs = c.mode ? static_cast<int32_t>(pairs.bytes / 8) : 0;
+    p.xz = xz.data, p.x_dbl = x_dbl.data, p.conv_weight = conv_weight.as<float>();
+    p.conv_bias = conv_bias.as<float>(), p.dt_weight = dt_weight.data, p.dt_bias = dt_bias.as<float>();
+    p.A = A.as<float>(), p.D = D.as<float>(), p.merge_pairs = c.mode ? pairs.as<int32_t>() : nullptr;
+    p.decay_scale = c.scaled ? scale.as<float>() : nullptr;
+    p.y = y.data, p.merge_weights = c.mode ? weights.as<float>() : nullptr, p.workspace = workspace.data;
+    return p;
+  }
+};
+
+void test_scan(const Case& c, DataType T) {
+  const Layer w(c, T);
+  const std::vector<int32_t> pairs = c.mode ? merge_pairs(c) : std::vector<int32_t>();
+  const ScanReference want = scan_reference(w, c, pairs);
+  ScanBuffers buffers(w, c, T, pairs);
+  const MambaScanParams p = buffers.params(c, T);
+  int32_t tactics[8];
+  const int32_t count = mamba_scan_tactics(c.seqlen, c.d_inner, c.d_state, c.dt_rank, c.row(), T, tactics, 8);
+  for (int i = 0; i < count; i++) {
+    const auto tactic = static_cast<MambaScanTactic>(tactics[i]);
+    std::vector<Output> outputs = {{&buffers.y, T}};
+    if (c.mode) outputs.push_back({&buffers.weights, DataType::kFloat32});
+    buffers.workspace.poison();
+    std::vector<Values> got;
+    std::string trouble = run_twice([&](cudaStream_t s) { return mamba_scan(p, tactic, s); }, outputs, got);
+    const auto workspace = buffers.workspace.raw();
+    for (size_t j = buffers.workspace.bytes; j < workspace.size(); j++)
+      if (workspace[j] != kCanary) {
+        trouble += " canary of the workspace";
+        break;
+      }
+    // fp32: 2 ulp of ex2.approx, compounded over the memory of a slow state. fp16: prototypes had 2.1e-4 to 5.3e-4.
+    const double bound = T == DataType::kFloat32 ? (c.level == Level::kTrained ? 1e-5 : 3e-5)
+                         : T == DataType::kFloat16 ? 1e-3 : 8e-3;
+    const std::string group = std::string("mamba_scan ") + name_of(tactic) + " " + name_of(T);
+    report(group, c.text(), got.empty() ? NAN : relative_error(got[0], want.y), bound, trouble);
+    if (c.mode && got.size() > 1) {
+      double worst = 0;
+      for (size_t k = 0; k < want.weights.size(); k++) {
+        const double error = std::fabs(got[1][k] - want.weights[k]) / std::max(want.weight_scale[k], 1e-30);
+        if (!(error <= worst)) worst = error;
+      }
+      report(std::string("merge_weights ") + name_of(T), c.text(), worst, 2e-5, "");
+    }
+  }
+}
+
+// ---- add_merge_norm ---------------------------------------------------------------------------------------------
+
+struct NormCase {
+  int batch = 2, seqlen = 197, d_model = 384;
+  MergeRule rule = MergeRule::kNone;
+  int left = 0, right = 0, cls = -1;
+  bool per_image = true;
+  std::string text() const {
+    char s[128];
+    const char* rules[] = {"none", "edge", "table"};
+    std::snprintf(s, sizeof s, "B%d L%d d%d %s %d+%d%s%s", batch, seqlen, d_model, rules[static_cast<int>(rule)], left,
+                  right, cls >= 0 ? (" cls" + std::to_string(cls)).c_str() : "", per_image ? "" : " shared weights");
+    return s;
+  }
+};
+
+struct NormTables {
+  int seqlen_out, nb_weights;
+  std::vector<int32_t> begin, members, member_weight;
+  NormTables(const NormCase& c) : seqlen_out(c.seqlen), nb_weights(c.left + c.right) {
+    if (c.cls >= 0) seqlen_out = 1;
+    if (c.rule == MergeRule::kEdge) seqlen_out = c.seqlen - c.left - c.right;
+    if (c.rule != MergeRule::kTable) return;
+    begin.push_back(0);  // groups of 1, 2, 3, 4, 1, ...: the last member is the target, the others have a weight
+    nb_weights = 0;
+    for (int t = 0, size = 1; t < c.seqlen; size = size % 4 + 1) {
+      const int end = std::min(t + size, c.seqlen);
+      for (; t < end; t++) {
+        members.push_back(t);
+        member_weight.push_back(t == end - 1 ? -1 : nb_weights++);
+      }
+      begin.push_back(t);
+    }
+    seqlen_out = static_cast<int>(begin.size()) - 1;
+  }
+};
+
+void test_norm(const NormCase& c, DataType T) {
+  const int64_t B = c.batch, L = c.seqlen, d = c.d_model, L_hidden = c.cls >= 0 ? 1 : L;
+  const NormTables tables(c);
+  const int64_t W = tables.nb_weights, L_out = tables.seqlen_out;
+  const DataType f = DataType::kFloat32;
+  const float epsilon = 1e-5f;
+  const Values residual = gaussian(f, B * L * d, 0, 2, 1), hidden = gaussian(T, B * L_hidden * d, 0, 1, 2),
+               norm_weight = gaussian(f, d, 1, 0.2, 3), weights = gaussian(f, (c.per_image ? B : 1) * W, 0.5, 0.3, 4);
+  Values want_residual(B * L_out * d), want_normed(B * L_out * d);
+  for (int64_t b = 0; b < B; b++)
+    for (int64_t t = 0; t < L_out; t++) {
+      std::vector<std::pair<int64_t, double>> members;
+      const double* weight = weights.data() + (c.per_image ? b * W : 0);
+      if (c.cls >= 0) {
+        members = {{c.cls, 1}};
+      } else if (c.rule == MergeRule::kTable) {
+        for (int m = tables.begin[t]; m < tables.begin[t + 1]; m++)
+          members.push_back({tables.members[m], tables.member_weight[m] < 0 ? 1. : weight[tables.member_weight[m]]});
+      } else {
+        members = {{t + c.left, 1}};
+        if (t == 0)
+          for (int i = 0; i < c.left; i++) members.push_back({i, weight[i]});
+        if (t == L_out - 1)
+          for (int i = 0; i < c.right; i++) members.push_back({L - c.right + i, weight[c.left + i]});
+      }
+      double square = 0;
+      for (int64_t k = 0; k < d; k++) {
+        double x = 0;
+        for (auto [from, factor] : members)
+          x += factor * (residual[(b * L + from) * d + k] + hidden[(b * L_hidden + (c.cls >= 0 ? 0 : from)) * d + k]);
+        want_residual[(b * L_out + t) * d + k] = x;
+        square += x * x;
+      }
+      for (int64_t k = 0; k < d; k++)
+        want_normed[(b * L_out + t) * d + k] =
+            want_residual[(b * L_out + t) * d + k] / std::sqrt(square / d + epsilon) * norm_weight[k];
+    }
+  Buffer residual_in(residual, f), hidden_in(hidden, T), norm_in(norm_weight, f), weights_in(weights, f),
+      begin(tables.begin), members(tables.members), member_weight(tables.member_weight),
+      residual_out(want_residual.size() * 4), normed(want_normed.size() * size_of(T));
+  AddMergeNormParams p{};
+  p.batch = c.batch, p.seqlen_in = c.seqlen, p.seqlen_out = tables.seqlen_out, p.d_model = c.d_model, p.rule = c.rule;
+  p.left = c.left, p.right = c.right, p.nb_weights = tables.nb_weights, p.weights_per_image = c.per_image;
+  p.cls_index = c.cls, p.epsilon = epsilon, p.type = T, p.residual = residual_in.as<float>(), p.hidden = hidden_in.data;
+  p.norm_weight = norm_in.as<float>(), p.merge_weights = weights_in.as<float>();
+  p.begin = begin.as<int32_t>(), p.members = members.as<int32_t>(), p.member_weight = member_weight.as<int32_t>();
+  p.residual_out = residual_out.as<float>(), p.normed = normed.data;
+  std::vector<Values> got;
+  const std::string trouble =
+      run_twice([&](cudaStream_t s) { return add_merge_norm(p, s); }, {{&residual_out, f}, {&normed, T}}, got);
+  const bool ran = got.size() == 2;
+  const std::string group = std::string("add_merge_norm ") + name_of(T);
+  report(group, c.text() + " residual", ran ? relative_error(got[0], want_residual) : NAN, 1e-6, trouble);
+  // rounding alone is 2.1e-4 in fp16 and 1.7e-3 in bf16
+  const double bound = T == f ? 1e-6 : T == DataType::kFloat16 ? 4e-4 : 3e-3;
+  report(group, c.text() + " normed", ran ? relative_error(got[1], want_normed) : NAN, bound, trouble);
+}
+
+// ---- what must be refused ---------------------------------------------------------------------------------------
+
+void test_refusals() {
+  auto expect = [](const char* what, cudaError_t got) {
+    report("refusals", what, got == cudaErrorInvalidValue ? 0 : 1, 0.5, "");
+  };
+  MambaScanParams scan{};
+  scan.batch = 1, scan.seqlen = 8, scan.d_inner = 64, scan.d_state = 17, scan.dt_rank = 12, scan.row = 48;
+  scan.cls_index = -1, scan.type = DataType::kFloat16;
+  expect("walk mma, d_state 17", mamba_scan(scan, MambaScanTactic::kWalkMma, nullptr));
+  expect("reserved tactic", mamba_scan(scan, MambaScanTactic::kWalkMmaTwoPass, nullptr));
+  scan.d_state = 65, scan.row = 144;
+  expect("d_state 65", mamba_scan(scan, MambaScanTactic::kSimple, nullptr));
+  scan.d_state = 16, scan.row = 40;
+  expect("row shorter than dt_rank + 2 d_state", mamba_scan(scan, MambaScanTactic::kSimple, nullptr));
+  scan.row = 48, scan.cls_index = 8;
+  expect("cls_index 8 of 8", mamba_scan(scan, MambaScanTactic::kSimple, nullptr));
+  ConvXProjParams conv{};
+  conv.batch = 1, conv.seqlen = 8, conv.d_inner = 33, conv.row = 48, conv.type = DataType::kFloat16;
+  expect("conv tensor core, d_inner 33", conv_xproj(conv, ConvXProjTactic::kTensorCore, nullptr));
+  AddMergeNormParams norm{};
+  norm.batch = 1, norm.seqlen_in = 8, norm.seqlen_out = 7, norm.d_model = 64, norm.cls_index = -1;
+  expect("no merge, lengths 8 and 7", add_merge_norm(norm, nullptr));
+}
+
+// ---- cases ------------------------------------------------------------------------------------------------------
+
+struct Model {
+  const char* name;
+  int d_inner, dt_rank;
+};
+const Model kModels[] = {{"Ti", 384, 12}, {"S", 768, 24}, {"B", 1536, 48}};
+
+bool wanted(const char* op) { return options.only.empty() || options.only == op; }
+
+template <typename Edit>
+Case with(Edit edit) {
+  Case c;
+  edit(c);
+  return c;
+}
+
+std::vector<Case> scan_cases() {
+  std::vector<Case> cases;
+  if (options.quick) {
+    cases.push_back(with([](Case& c) { c.batch = 1, c.seqlen = 21, c.d_inner = 64, c.mode = 1, c.scaled = true; }));
+    cases.push_back(with([](Case& c) { c.batch = 2, c.seqlen = 9, c.d_inner = 33, c.d_state = 17, c.dt_rank = 3; }));
+    cases.push_back(with([](Case& c) { c.batch = 2, c.seqlen = 19, c.d_inner = 64, c.cls = 9; }));
+    cases.push_back(with([](Case& c) { c.batch = 1, c.seqlen = 230, c.d_inner = 32, c.mode = 2, c.pairs = 1; }));
+    return cases;
+  }
+  for (int L : {1, 2, 3, 7, 8, 9, 16, 17, 63, 64, 65, 127, 128, 129, 197, 208, 209, 577})
+    cases.push_back(with([&](Case& c) { c.seqlen = L, c.d_inner = 64; }));
+  cases.push_back(with([](Case& c) { c.seqlen = 1025, c.d_inner = 64, c.batch = 1; }));
+  cases.push_back(with([](Case& c) { c.seqlen = 4097, c.d_inner = 32, c.batch = 1; }));
+  cases.push_back(with([](Case& c) { c.seqlen = 4097, c.d_inner = 32, c.batch = 1, c.level = Level::kHard; }));
+  for (int E : {32, 33, 96, 384, 768}) cases.push_back(with([&](Case& c) { c.d_inner = E, c.seqlen = 65; }));
+  for (int N : {1, 4, 16, 17, 33, 64}) cases.push_back(with([&](Case& c) { c.d_state = N, c.seqlen = 65; }));
+  for (int R : {1, 3, 4, 8, 12, 16, 20, 24, 32, 48, 64})
+    cases.push_back(with([&](Case& c) { c.dt_rank = R, c.seqlen = 65; }));
+  for (int B : {1, 2, 5}) cases.push_back(with([&](Case& c) { c.batch = B, c.seqlen = 65; }));
+  for (int cls : {0, 1, 98, 99, 100, 195, 196}) cases.push_back(with([&](Case& c) { c.cls = cls; }));
+  for (int cls : {0, 300, 576}) cases.push_back(with([&](Case& c) { c.cls = cls, c.seqlen = 577; }));
+  cases.push_back(with([](Case& c) { c.cls = 0, c.seqlen = 1; }));
+  cases.push_back(with([](Case& c) { c.scaled = true; }));
+  cases.push_back(with([](Case& c) { c.scaled = true, c.cls = 98, c.mode = 1; }));
+  cases.push_back(with([](Case& c) { c.scaled = true, c.seqlen = 577; }));
+  for (int mode : {1, 2, 3})
+    for (int pairs : {0, 1})
+      for (int L : {9, 197})
+        cases.push_back(with([&](Case& c) {
+          c.mode = mode, c.pairs = pairs, c.seqlen = L, c.scaled = L == 9 || mode == 2, c.d_state = pairs ? 16 : 17;
+        }));
+  for (Level level : {Level::kHard, Level::kExtreme}) {
+    for (int L : {8, 197}) cases.push_back(with([&](Case& c) { c.level = level, c.seqlen = L; }));
+    cases.push_back(with([&](Case& c) { c.level = level, c.mode = 1, c.pairs = 1, c.scaled = true; }));
+  }
+  for (const Model& m : kModels)
+    cases.push_back(with([&](Case& c) { c.d_inner = m.d_inner, c.dt_rank = m.dt_rank, c.mode = 1; }));
+  return cases;
+}
+
+std::vector<Case> conv_cases() {
+  std::vector<Case> cases;
+  if (options.quick) {
+    cases.push_back(with([](Case& c) { c.batch = 2, c.seqlen = 21, c.d_inner = 64; }));
+    cases.push_back(with([](Case& c) { c.batch = 2, c.seqlen = 9, c.d_inner = 33, c.dt_rank = 3; }));
+    cases.push_back(with([](Case& c) { c.batch = 70, c.seqlen = 65, c.d_inner = 32; }));
+    return cases;
+  }
+  for (int L : {1, 2, 3, 4, 5, 7, 8, 9, 63, 64, 65, 197, 577, 1025})
+    cases.push_back(with([&](Case& c) { c.seqlen = L; }));
+  cases.push_back(with([](Case& c) { c.seqlen = 4097, c.d_inner = 32, c.batch = 1; }));
+  for (int L : {1, 2, 3, 5, 6, 7, 197})  // enough tokens for the large-batch kernel
+    cases.push_back(with([&](Case& c) { c.seqlen = L, c.batch = 20000 / L, c.d_inner = 64; }));
+  for (int E : {32, 33, 64, 96, 160, 384, 768}) cases.push_back(with([&](Case& c) { c.d_inner = E, c.seqlen = 65; }));
+  for (int R : {1, 3, 12, 24, 48, 64}) {
+    cases.push_back(with([&](Case& c) { c.dt_rank = R, c.seqlen = 65; }));
+    cases.push_back(with([&](Case& c) { c.dt_rank = R, c.batch = 102; }));
+  }
+  for (int N : {1, 4, 17, 64}) cases.push_back(with([&](Case& c) { c.d_state = N, c.seqlen = 65; }));
+  for (int B : {1, 2, 5}) cases.push_back(with([&](Case& c) { c.batch = B; }));
+  for (Level level : {Level::kHard, Level::kExtreme}) cases.push_back(with([&](Case& c) { c.level = level; }));
+  for (const Model& m : kModels)
+    cases.push_back(with([&](Case& c) { c.d_inner = m.d_inner, c.dt_rank = m.dt_rank; }));
+  return cases;
+}
+
+std::vector<NormCase> norm_cases() {
+  std::vector<NormCase> cases;
+  auto add = [&](auto edit) {
+    NormCase c;
+    edit(c);
+    cases.push_back(c);
+  };
+  for (int L : {1, 2, 63, 197, 1025}) add([&](NormCase& c) { c.seqlen = L, c.d_model = 192; });
+  for (int d : {1, 4, 7, 64, 130, 192, 256, 384, 500, 512, 640, 768, 1024, 1028, 1500})
+    add([&](NormCase& c) { c.d_model = d, c.seqlen = 9; });
+  for (int d : {384, 6}) {
+    for (auto [left, right] : {std::pair<int, int>{1, 1}, {2, 0}, {0, 3}, {5, 5}, {100, 96}})
+      for (bool per_image : {true, false})
+        add([&, l = left, r = right](NormCase& c) {
+          c.d_model = d, c.rule = MergeRule::kEdge, c.left = l, c.right = r, c.per_image = per_image;
+        });
+    for (bool per_image : {true, false})
+      add([&](NormCase& c) { c.d_model = d, c.rule = MergeRule::kTable, c.per_image = per_image; });
+    for (int cls : {0, 98, 196}) add([&](NormCase& c) { c.d_model = d, c.cls = cls; });
+  }
+  if (options.quick) {
+    std::vector<NormCase> few;
+    for (size_t i = 0; i < cases.size(); i += 4) few.push_back(cases[i]);
+    return few;
+  }
+  return cases;
+}
+
+// ---- timing -----------------------------------------------------------------------------------------------------
+
+// median us of one call inside a graph of `calls`
+double time_us(const std::function<cudaError_t(cudaStream_t)>& enqueue) {
+  cudaStream_t stream;
+  CHECK_CUDA(cudaStreamCreate(&stream));
+  cudaEvent_t begin, end;
+  CHECK_CUDA(cudaEventCreate(&begin));
+  CHECK_CUDA(cudaEventCreate(&end));
+  auto once = [&](const std::function<void()>& work) {
+    CHECK_CUDA(cudaEventRecord(begin, stream));
+    work();
+    CHECK_CUDA(cudaEventRecord(end, stream));
+    CHECK_CUDA(cudaEventSynchronize(end));
+    float ms = 0;
+    CHECK_CUDA(cudaEventElapsedTime(&ms, begin, end));
+    return ms;
+  };
+  CHECK_CUDA(enqueue(stream));
+  const float single = once([&] { CHECK_CUDA(enqueue(stream)); });
+  const int calls = single > 5 ? 1 : single > 0.5 ? 4 : 20;
+  cudaGraph_t graph;
+  cudaGraphExec_t instance;
+  CHECK_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  for (int i = 0; i < calls; i++) CHECK_CUDA(enqueue(stream));
+  CHECK_CUDA(cudaStreamEndCapture(stream, &graph));
+  CHECK_CUDA(cudaGraphInstantiate(&instance, graph, 0));
+  std::vector<float> times;
+  for (int i = 0; i < 13; i++) {
+    const float ms = once([&] { CHECK_CUDA(cudaGraphLaunch(instance, stream)); });
+    if (i >= 2) times.push_back(ms);
+  }
+  std::sort(times.begin(), times.end());
+  CHECK_CUDA(cudaGraphExecDestroy(instance));
+  CHECK_CUDA(cudaGraphDestroy(graph));
+  CHECK_CUDA(cudaEventDestroy(begin));
+  CHECK_CUDA(cudaEventDestroy(end));
+  CHECK_CUDA(cudaStreamDestroy(stream));
+  return times[times.size() / 2] * 1e3 / calls;
+}
+
+// Trained-like inputs of full size, cheaply: a block of random values over and over.
+Values repeat(Values block, int64_t n) {
+  Values v(static_cast<size_t>(n));
+  for (size_t i = 0; i < v.size(); i++) v[i] = block[i % block.size()];
+  return v;
+}
+
+void time_layer(const char* model, int E, int R, int batch, int L, DataType T) {
+  Case c;
+  c.batch = 1, c.seqlen = 211, c.d_inner = E, c.dt_rank = R;  // 211 is prime: repeats do not line up with images
+  Layer w(c, T);
+  c.batch = batch, c.seqlen = L;
+  const int64_t tokens = static_cast<int64_t>(batch) * L, P = c.row(), d = E / 2;
+  w.xz = repeat(w.xz, tokens * 2 * E), w.x_dbl = repeat(w.x_dbl, 2 * tokens * P);
+  const double size = static_cast<double>(size_of(T)), mufu = 4.15e6, bytes = 3.0e6;  // a microsecond
+  const double elements = static_cast<double>(tokens) * E;
+  const double conv_floor = std::max(elements * 4 / mufu, (elements * size + 2. * tokens * P * size) / bytes);
+  const double scan_floor = std::max(elements * 42 / mufu, (elements * 3 * size + 2. * tokens * P * size) / bytes);
+  const double norm_floor = static_cast<double>(tokens) * d * (8 + 2 * size) / bytes;
+  auto line = [&](const char* op, const char* tactic, double us, double floor) {
+    std::printf("%-3s b%-4d L%-5d %-5s %-14s %-22s %10.1f us, floor %8.1f, x %.2f\n", model, batch, L, name_of(T), op,
+                tactic, us, floor, us / std::max(floor, 0.9));
+    std::fflush(stdout);
+  };
+  const std::vector<int32_t> pairs = {0, 2, 1, 2, L - 2, L - 3, L - 1, L - 3};
+  ScanBuffers buffers(w, c, T, pairs);
+  if (wanted("conv")) {
+    Buffer weight(w.x_proj_weight, T);
+    ConvXProjParams p{};
+    p.batch = batch, p.seqlen = L, p.d_inner = E, p.row = c.row(), p.type = T;
+    p.xz = buffers.xz.data, p.conv_weight = buffers.conv_weight.as<float>();
+    p.conv_bias = buffers.conv_bias.as<float>(), p.x_proj_weight = weight.data;
+    Buffer x_dbl(static_cast<size_t>(2 * tokens * P) * size_of(T));
+    p.x_dbl = x_dbl.data;
+    int32_t tactics[8];
+    const int32_t count = conv_xproj_tactics(L, E, c.row(), T, tactics, 8);
+    for (int i = 0; i < count; i++) {
+      const auto tactic = static_cast<ConvXProjTactic>(tactics[i]);
+      line("conv_xproj", tactics[i] == 1 ? "simple" : "tensor core",
+           time_us([&](cudaStream_t s) { return conv_xproj(p, tactic, s); }), conv_floor);
+    }
+  }
+  if (wanted("scan")) {
+    int32_t tactics[8];
+    const int32_t count = mamba_scan_tactics(L, E, c.d_state, R, c.row(), T, tactics, 8);
+    for (int i = 0; i < count; i++) {
+      const auto tactic = static_cast<MambaScanTactic>(tactics[i]);
+      c.mode = 0;
+      const MambaScanParams plain = buffers.params(c, T);
+      line("mamba_scan", name_of(tactic), time_us([&](cudaStream_t s) { return mamba_scan(plain, tactic, s); }),
+           scan_floor);
+      if (i + 1 < count) continue;
+      c.mode = 1;
+      const MambaScanParams merging = buffers.params(c, T);
+      line("mamba_scan", (std::string(name_of(tactic)) + " + weights").c_str(),
+           time_us([&](cudaStream_t s) { return mamba_scan(merging, tactic, s); }), scan_floor);
+    }
+  }
+  if (wanted("norm")) {
+    Buffer residual(static_cast<size_t>(tokens * d) * 4), hidden(static_cast<size_t>(tokens * d) * size_of(T)),
+        norm_weight(static_cast<size_t>(d) * 4), residual_out(residual.bytes), normed(hidden.bytes);
+    CHECK_CUDA(cudaMemset(residual.data, 0, residual.bytes));
+    CHECK_CUDA(cudaMemset(hidden.data, 0, hidden.bytes));
+    AddMergeNormParams p{};
+    p.batch = batch, p.seqlen_in = L, p.seqlen_out = L, p.d_model = static_cast<int32_t>(d), p.cls_index = -1;
+    p.epsilon = 1e-5f, p.type = T, p.residual = residual.as<float>(), p.hidden = hidden.data;
+    p.norm_weight = norm_weight.as<float>(), p.residual_out = residual_out.as<float>(), p.normed = normed.data;
+    line("add_merge_norm", "no merge", time_us([&](cudaStream_t s) { return add_merge_norm(p, s); }), norm_floor);
+    p.rule = MergeRule::kEdge, p.left = 2, p.right = 2, p.seqlen_out = L - 4, p.nb_weights = 4;
+    p.weights_per_image = true, p.merge_weights = buffers.weights.as<float>();
+    line("add_merge_norm", "edge 2 + 2", time_us([&](cudaStream_t s) { return add_merge_norm(p, s); }), norm_floor);
+  }
+}
+
+void time_all() {
+  std::printf("Floors: 3.0 TB/s, 4.15 T special-function operations a second (facts/perf.md), a launch is 0.9 us.\n");
+  for (const Model& m : kModels)
+    for (int batch : {1, 8, 64, 128}) time_layer(m.name, m.d_inner, m.dt_rank, batch, 197, DataType::kFloat16);
+  time_layer("S", 768, 24, 1, 577, DataType::kFloat16);
+  time_layer("S", 768, 24, 1, 4097, DataType::kFloat16);
+  time_layer("S", 768, 24, 16, 4097, DataType::kFloat16);
+  for (DataType T : {DataType::kFloat32, DataType::kBFloat16}) time_layer("S", 768, 24, 128, 197, T);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  for (int i = 1; i < argc; i++) {
+    const std::string a = argv[i];
+    if (a == "--quick") options.quick = true;
+    else if (a == "--time") options.time = true;
+    else if (a == "--verbose") options.verbose = true;
+    else if (a == "--only" && i + 1 < argc) options.only = argv[++i];
+    else {
+      std::printf("unknown option '%s'\nusage: kernel_test [--quick] [--time] [--only conv|scan|norm] [--verbose]\n",
+                  a.c_str());
+      return 2;
+    }
+  }
+  cudaDeviceProp device;
+  CHECK_CUDA(cudaGetDeviceProperties(&device, 0));
+  std::printf("%s, sm_%d%d, kernel version %d\n", device.name, device.major, device.minor, kKernelVersion);
+  if (options.time) {
+    time_all();
+    return 0;
+  }
+  for (DataType T : kTypes) {
+    if (wanted("norm"))
+      for (const NormCase& c : norm_cases()) test_norm(c, T);
+    if (wanted("conv"))
+      for (const Case& c : conv_cases()) test_conv(c, T);
+    if (wanted("scan"))
+      for (const Case& c : scan_cases()) test_scan(c, T);
+    std::fflush(stdout);
+  }
+  if (options.only.empty()) test_refusals();
+  std::printf("%-30s %6s %6s  %9s %8s  %s\n", "kernel", "cases", "failed", "worst", "of bound", "worst case");
+  for (const auto& [name, g] : groups)
+    std::printf("%-30s %6d %6d  %9.2e %8.2f  %s\n", name.c_str(), g.cases, g.failures, g.worst, g.worst_ratio,
+                g.worst_case.c_str());
+  std::printf(failures ? "FAILED: %d\n" : "all passed (%d failures)\n", failures);
+  return failures ? 1 : 0;
+}

@@ -1,0 +1,313 @@
+// plugin.h: everything that IPluginV3 asks of our three ops alike. An op is a struct of static members:
+//
+//   kName                                                op_type of the ONNX node
+//   attributes() -> AttributeTable                       see fields.h
+//   check_attributes(values, where) -> bool              combinations; each value alone is checked by the table
+//   signature(values, every = false) -> Signature        see tensors.h; `every`: optional tensors too, for the op schema
+//   check(values, bindings, where) -> bool               what the signature cannot say; must accept unknown symbols
+//   tactics(values, bindings, type, out, capacity) -> n  tactics for these extents, safest first; 0: the op has none
+//   kHasTactics, knows_tactic(tactic) -> bool
+//   workspace_bytes(values, bindings, type) -> size_t    of the largest extents
+//   enqueue(values, call) -> cudaError_t                 translate and launch
+//
+// Virtuals are the same in TensorRT 10.6 and 11.x, so one source serves both.
+#pragma once
+#include "op.h"
+
+#include <cstdio>
+#include <new>
+
+namespace stm::trt {
+
+constexpr char kPluginVersion[] = "1", kPluginNamespace[] = "";
+constexpr int32_t kMaxTactics = 16;
+
+// One enqueue: extents come from the descriptors, never from what the build saw.
+struct Call {
+  const nvinfer1::PluginTensorDesc* in;
+  const void* const* inputs;
+  void* const* outputs;
+  void* workspace;
+  int32_t tactic;
+  DataType type;  // T
+  cudaStream_t stream;
+
+  int32_t extent(int32_t input, int32_t axis) const noexcept { return int32_t(in[input].dims.d[axis]); }
+  template <typename T>
+  const T* input(int32_t i) const noexcept { return static_cast<const T*>(inputs[i]); }
+  template <typename T>
+  T* output(int32_t o) const noexcept { return static_cast<T*>(outputs[o]); }
+};
+
+// Copying it copies plain values only, so clone() and attachToContext() cannot throw and no two contexts share anything.
+template <typename Op>
+class Plugin final : public nvinfer1::IPluginV3,
+                     public nvinfer1::IPluginV3OneCore,
+                     public nvinfer1::IPluginV3OneBuild,
+                     public nvinfer1::IPluginV3OneRuntime {
+ public:
+  using Dims = nvinfer1::Dims;
+  using TensorType = nvinfer1::DataType;
+  using TensorDesc = nvinfer1::PluginTensorDesc;
+  using DynamicDesc = nvinfer1::DynamicPluginTensorDesc;
+
+  Plugin(const AttributeValues& values, const char* node) noexcept : values_(values) {
+    std::snprintf(node_, sizeof node_, "%s", node ? node : "");
+  }
+
+  // --- IPluginV3
+  nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override {
+    switch (type) {
+      case nvinfer1::PluginCapabilityType::kCORE: return static_cast<nvinfer1::IPluginV3OneCore*>(this);
+      case nvinfer1::PluginCapabilityType::kBUILD: return static_cast<nvinfer1::IPluginV3OneBuild*>(this);
+      case nvinfer1::PluginCapabilityType::kRUNTIME: return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
+    }
+    return nullptr;
+  }
+  Plugin* clone() noexcept override { return new (std::nothrow) Plugin(*this); }
+
+  // --- IPluginV3OneCore
+  const char* getPluginName() const noexcept override { return Op::kName; }
+  const char* getPluginVersion() const noexcept override { return kPluginVersion; }
+  const char* getPluginNamespace() const noexcept override { return kPluginNamespace; }
+
+  // --- IPluginV3OneBuild
+  int32_t getNbOutputs() const noexcept override { return Op::signature(values_).nb_outputs; }
+
+  // The first call on a new node: a wrong number of inputs or a wrong type is refused here, with its name, while parsing.
+  int32_t getOutputDataTypes(TensorType* out, int32_t nb_out, const TensorType* in, int32_t nb_in) const noexcept override {
+    const Signature signature = Op::signature(values_);
+    if (!check_counts(signature, nb_in, nb_out, where()) || !check_types(signature, in, where())) return -1;
+    const TensorType activation = in[signature.activation_input()];
+    for (int32_t o = 0; o < nb_out; ++o) out[o] = tensorrt_type(signature.outputs[o].element, activation);
+    return 0;
+  }
+
+  // Refuses whatever is known to be wrong by now: an error from onShapeChange reaches the user only as "Could not find any
+  // implementation for node".
+  int32_t getOutputShapes(const nvinfer1::DimsExprs* in, int32_t nb_in, const nvinfer1::DimsExprs*, int32_t,
+                          nvinfer1::DimsExprs* out, int32_t nb_out, nvinfer1::IExprBuilder& builder) noexcept override {
+    const Signature signature = Op::signature(values_);
+    if (!check_counts(signature, nb_in, nb_out, where())) return -1;
+    Dims dims[kMaxTensors] = {};
+    for (int32_t i = 0; i < nb_in; ++i) {
+      dims[i].nbDims = in[i].nbDims;
+      for (int32_t a = 0; a < in[i].nbDims && a < Dims::MAX_DIMS; ++a) {
+        dims[i].d[a] = in[i].d[a]->isConstant() ? in[i].d[a]->getConstantValue() : kUnknown;
+      }
+    }
+    Bindings bindings;
+    if (!bind(signature, dims, where(), bindings) || !Op::check(values_, bindings, where())) return -1;
+    for (int32_t o = 0; o < nb_out; ++o) {
+      const TensorSpec& spec = signature.outputs[o];
+      out[o].nbDims = spec.rank;
+      for (int32_t a = 0; a < spec.rank; ++a) {
+        out[o].d[a] = expression(spec.extents[a], bindings, in, builder);
+        if (!out[o].d[a]) return where().fail("output '%s': TensorRT gave no expression for axis %d", spec.name, a), -1;
+      }
+    }
+    return 0;
+  }
+
+  // May look at in_out[0..position] only. In a strongly typed network the types are given: this accepts or refuses them.
+  bool supportsFormatCombination(int32_t position, const DynamicDesc* in_out, int32_t nb_in, int32_t nb_out) noexcept override {
+    const Signature signature = Op::signature(values_);
+    if (nb_in != signature.nb_inputs || nb_out != signature.nb_outputs || position < 0 || position >= nb_in + nb_out) return false;
+    const TensorDesc& desc = in_out[position].desc;
+    if (desc.format != nvinfer1::TensorFormat::kLINEAR) return false;
+    const Element element = signature.at(position).element;
+    const int32_t t = signature.activation_input();
+    DataType ignored;
+    if (element == Element::kActivation && position <= t) return activation_type(desc.type, ignored);
+    return desc.type == tensorrt_type(element, element == Element::kActivation ? in_out[t].desc.type : desc.type);
+  }
+
+  // Tactics depend on extents, and TensorRT asks for them right after this call, for the formats seen here.
+  int32_t configurePlugin(const DynamicDesc* in, int32_t nb_in, const DynamicDesc*, int32_t nb_out) noexcept override {
+    const Signature signature = Op::signature(values_);
+    if (!check_counts(signature, nb_in, nb_out, where())) return -1;
+    Dims least[kMaxTensors], most[kMaxTensors];
+    for (int32_t i = 0; i < nb_in; ++i) least[i] = in[i].min, most[i] = in[i].max;
+    Bindings min, max;
+    if (!bind(signature, least, where(), min) || !bind(signature, most, where(), max)) return -1;
+    DataType type;
+    if (!activation_type(in[signature.activation_input()].desc.type, type)) return -1;
+    // A tactic must run over the whole profile: it must serve both ends.
+    int32_t large[kMaxTactics], small[kMaxTactics];
+    const int32_t nb_large = clip(Op::tactics(values_, max, type, large, kMaxTactics));
+    const int32_t nb_small = clip(Op::tactics(values_, min, type, small, kMaxTactics));
+    nb_tactics_ = 0;
+    for (int32_t i = 0; i < nb_large; ++i) {
+      if (contains(small, nb_small, large[i])) tactics_[nb_tactics_++] = large[i];
+    }
+    if (Op::kHasTactics && nb_tactics_ == 0) return where().fail("no kernel runs these extents"), -1;
+    return 0;
+  }
+
+  size_t getWorkspaceSize(const DynamicDesc* in, int32_t nb_in, const DynamicDesc*, int32_t) const noexcept override {
+    const Signature signature = Op::signature(values_);
+    Dims dims[kMaxTensors];  // .max, as .desc holds -1 for dynamic extents
+    for (int32_t i = 0; i < nb_in && i < kMaxTensors; ++i) dims[i] = in[i].max;
+    Bindings max;
+    DataType type;
+    if (nb_in != signature.nb_inputs || !bind(signature, dims, where(), max)) return 0;  // refused by configurePlugin
+    if (!activation_type(in[signature.activation_input()].desc.type, type)) return 0;
+    return Op::workspace_bytes(values_, max, type);
+  }
+
+  int32_t getNbTactics() noexcept override { return nb_tactics_; }
+  int32_t getValidTactics(int32_t* tactics, int32_t nb) noexcept override {
+    if (nb != nb_tactics_) return where().fail("%d tactics asked for, has %d", nb, nb_tactics_), -1;
+    for (int32_t i = 0; i < nb; ++i) tactics[i] = tactics_[i];
+    return 0;
+  }
+
+  // TensorRT prefixes shapes and formats. What else decides the winner is here: attributes and the kernels' version.
+  const char* getTimingCacheID() noexcept override {
+    Text text(cache_id_, sizeof cache_id_);
+    text.add("k%d", kKernelVersion);
+    print_attributes(Op::attributes(), values_, cache_id_ + text.length(), sizeof cache_id_ - text.length());
+    return cache_id_;
+  }
+
+  const char* getMetadataString() noexcept override {  // shown by the engine inspector
+    Text text(metadata_, sizeof metadata_);
+    text.add("{\"op\": \"%s\", \"kernels\": %d", Op::kName, kKernelVersion);
+    size_t length = text.length();
+    length += print_attributes(Op::attributes(), values_, metadata_ + length, sizeof metadata_ - length);
+    Text(metadata_ + length, sizeof metadata_ - length).add("}");
+    return metadata_;
+  }
+
+  // --- IPluginV3OneRuntime
+  int32_t setTactic(int32_t tactic) noexcept override {
+    if (Op::kHasTactics ? !Op::knows_tactic(tactic) : tactic != 0) {
+      return where().fail("tactic %d is unknown to kernels version %d; build the engine again with this library", tactic, kKernelVersion), -1;
+    }
+    tactic_ = tactic;
+    return 0;
+  }
+
+  // Every check of real extents: it runs before enqueue after each change of shapes, outside capture.
+  int32_t onShapeChange(const TensorDesc* in, int32_t nb_in, const TensorDesc* out, int32_t nb_out) noexcept override {
+    const Signature signature = Op::signature(values_);
+    if (!check_counts(signature, nb_in, nb_out, where())) return -1;
+    TensorType types[kMaxTensors];
+    Dims in_dims[kMaxTensors], out_dims[kMaxTensors];
+    for (int32_t i = 0; i < nb_in; ++i) types[i] = in[i].type, in_dims[i] = in[i].dims;
+    for (int32_t o = 0; o < nb_out; ++o) out_dims[o] = out[o].dims;
+    Bindings bindings;
+    if (!check_types(signature, types, where()) || !bind(signature, in_dims, where(), bindings)) return -1;
+    for (int32_t s = 0; s < signature.nb_symbols; ++s) {
+      const bool used = bindings.input[s] >= 0;  // an optional input's symbol may not occur
+      if (used && !fits_int32(bindings[s])) return where().fail("%s is %lld", signature.symbols[s], static_cast<long long>(bindings[s])), -1;
+    }
+    if (!Op::check(values_, bindings, where()) || !check_outputs(signature, bindings, out_dims, where())) return -1;
+    if (Op::kHasTactics) {
+      DataType type;
+      if (!activation_type(types[signature.activation_input()], type)) return -1;
+      int32_t valid[kMaxTactics];
+      const int32_t nb = clip(Op::tactics(values_, bindings, type, valid, kMaxTactics));
+      if (nb == 0) return where().fail("no kernel runs these extents"), -1;
+      // Tactic 0 means that TensorRT has not chosen yet: the safest one serves.
+      if (tactic_ != 0 && !contains(valid, nb, tactic_)) return where().fail("tactic %d does not run these extents", tactic_), -1;
+      safest_ = valid[0];
+    }
+    return 0;
+  }
+
+  // Capture-legal: launches only.
+  int32_t enqueue(const TensorDesc* in, const TensorDesc*, const void* const* inputs, void* const* outputs, void* workspace,
+                  cudaStream_t stream) noexcept override {
+    Call call{in, inputs, outputs, workspace, tactic_ ? tactic_ : safest_, DataType::kFloat32, stream};
+    if (!activation_type(in[activation_input_].type, call.type)) return where().fail("activations are %s", name_of(in[activation_input_].type)), -1;
+    const cudaError_t status = Op::enqueue(values_, call);
+    if (status == cudaSuccess) return 0;
+    return where().fail("CUDA error %d: %s (tactic %d)", int(status), cudaGetErrorString(status), call.tactic), -1;
+  }
+
+  nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override { return clone(); }
+
+  // Attributes only: never shapes, types or the tactic. Filled anew at each call, so that a copy never points into its original.
+  const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override {
+    collection_ = {write_fields(Op::attributes(), values_, fields_), fields_};
+    return &collection_;
+  }
+
+ private:
+  Where where() const noexcept { return {Op::kName, node_}; }
+
+  static int32_t clip(int32_t count) noexcept { return count < 0 ? 0 : count > kMaxTactics ? kMaxTactics : count; }
+  static bool contains(const int32_t* list, int32_t count, int32_t wanted) noexcept {
+    for (int32_t i = 0; i < count; ++i) {
+      if (list[i] == wanted) return true;
+    }
+    return false;
+  }
+  static bool fits_int32(int64_t value) noexcept { return value >= 0 && value <= INT32_MAX; }
+
+  static const nvinfer1::IDimensionExpr* expression(const Extent& e, const Bindings& bindings, const nvinfer1::DimsExprs* in,
+                                                    nvinfer1::IExprBuilder& builder) noexcept {
+    using Operation = nvinfer1::DimensionOperation;
+    const int64_t value = evaluate(e, bindings);
+    if (value != kUnknown) return builder.constant(value);
+    if (bindings.input[e.symbol] < 0) return nullptr;
+    const nvinfer1::IDimensionExpr* expr = in[bindings.input[e.symbol]].d[bindings.axis[e.symbol]];
+    if (e.factor != 1) {
+      const nvinfer1::IDimensionExpr* factor = builder.constant(e.factor);
+      expr = factor ? builder.operation(Operation::kPROD, *expr, *factor) : nullptr;
+    }
+    if (expr && e.offset) {
+      const nvinfer1::IDimensionExpr* offset = builder.constant(e.offset < 0 ? -e.offset : e.offset);
+      expr = offset ? builder.operation(e.offset < 0 ? Operation::kSUB : Operation::kSUM, *expr, *offset) : nullptr;
+    }
+    return expr;
+  }
+
+  AttributeValues values_;
+  int32_t activation_input_ = Op::signature(values_).activation_input();
+  int32_t tactic_ = 0, safest_ = 0;
+  int32_t nb_tactics_ = 0, tactics_[kMaxTactics] = {};
+  char node_[96] = "", cache_id_[192] = "", metadata_[256] = "";
+  nvinfer1::PluginField fields_[kMaxAttributes];
+  nvinfer1::PluginFieldCollection collection_{};
+};
+
+template <typename Op>
+class Creator final : public nvinfer1::IPluginCreatorV3One {
+ public:
+  Creator() noexcept : names_{write_field_names(Op::attributes(), fields_), fields_} {}
+
+  const char* getPluginName() const noexcept override { return Op::kName; }
+  const char* getPluginVersion() const noexcept override { return kPluginVersion; }
+  const char* getPluginNamespace() const noexcept override { return kPluginNamespace; }
+  const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return &names_; }
+
+  // Null (and a message) refuses the node. Both phases get the same names and types, so one reader serves both.
+  nvinfer1::IPluginV3* createPlugin(const char* name, const nvinfer1::PluginFieldCollection* fields,
+                                    nvinfer1::TensorRTPhase) noexcept override {
+    const Where where{Op::kName, name};
+    AttributeValues values;
+    if (!read_fields(Op::attributes(), fields, where, values) || !Op::check_attributes(values, where)) return nullptr;
+    auto* plugin = new (std::nothrow) Plugin<Op>(values, name);
+    if (!plugin) where.fail("out of memory");
+    return plugin;
+  }
+
+ private:
+  nvinfer1::PluginField fields_[kMaxAttributes];
+  nvinfer1::PluginFieldCollection names_;
+};
+
+template <typename Op>
+OpEntry entry_of() noexcept {
+  static Creator<Op> creator;
+  return {Op::kName, &creator, Op::attributes(), Op::signature(AttributeValues{}, true)};
+}
+
+inline bool check_seqlen(const Bindings& bindings, int32_t seqlen, const Where& where) noexcept {
+  if (!bindings.known(seqlen) || (bindings[seqlen] >= 1 && bindings[seqlen] <= kMaxSeqlen)) return true;
+  return where.fail("seqlen is %lld; the kernels take 1 to %d tokens", static_cast<long long>(bindings[seqlen]), int(kMaxSeqlen));
+}
+
+}  // namespace stm::trt
