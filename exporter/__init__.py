@@ -1,25 +1,52 @@
 """Vision Mamba with Sequential Token Merging -> ONNX and TensorRT, verified against PyTorch.
 
 Every command of the `stm` CLI is one call here.
+
+Names load on first use: `stm --help` answers at once, and verifying against saved outputs needs no torch.
 """
 
-from .deploy import ExportResult, export
-from .errors import ArtefactError, BuildError, ExportError, ParityError, PerformanceError, PluginError
-from .inspection import inspect
-from .onnx_export import export_onnx
-from .parity import ParityReport, verify
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "ArtefactError",
-    "BuildError",
-    "ExportError",
-    "ExportResult",
-    "ParityError",
-    "ParityReport",
-    "PerformanceError",
-    "PluginError",
-    "export",
-    "export_onnx",
-    "inspect",
-    "verify",
-]
+if TYPE_CHECKING:
+    from .deploy import ExportResult as ExportResult
+    from .deploy import export as export
+    from .errors import ArtefactError as ArtefactError
+    from .errors import BuildError as BuildError
+    from .errors import ExportError as ExportError
+    from .errors import ParityError as ParityError
+    from .errors import PerformanceError as PerformanceError
+    from .errors import PluginError as PluginError
+    from .inspection import inspect as inspect
+    from .onnx_export import export_onnx as export_onnx
+    from .parity import ParityReport as ParityReport
+    from .parity import verify as verify
+
+_HOMES = {
+    "ArtefactError": "errors",
+    "BuildError": "errors",
+    "ExportError": "errors",
+    "ExportResult": "deploy",
+    "ParityError": "errors",
+    "ParityReport": "parity",
+    "PerformanceError": "errors",
+    "PluginError": "errors",
+    "export": "deploy",
+    "export_onnx": "onnx_export",
+    "inspect": "inspection",
+    "verify": "parity",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -92,14 +92,61 @@ def _export_parser(parser: argparse.ArgumentParser) -> None:
     _weights_options(parser)
     _plan_options(parser)
     group = parser.add_argument_group("output")
-    group.add_argument("-o", "--output", required=True, metavar="OUT", help="FILE.onnx, or a directory for everything")
-    group.add_argument("--precision", choices=("fp32",), default="fp32", help="of the portable file")
+    group.add_argument("-o", "--output", required=True, metavar="OUT", help="FILE.onnx, FILE.engine, or a directory for everything")
+    group.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="of the engine (default fp16); a portable .onnx is fp32")
     group.add_argument("--opset", type=int, choices=(18, 19, 20), default=18)
     group.add_argument("--classes", metavar="FILE", help="class names, one a line (default: ImageNet's for 1000 classes)")
+    _engine_options(parser)
     group = parser.add_argument_group("parity")
     group.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare with PyTorch")
     group.add_argument("--bisect", action="store_true", help="if parity fails, name the first tensor that deviates")
     _json_option(parser)
+
+
+def _engine_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engine (-o FILE.engine)")
+    group.add_argument("--batch", metavar="MIN:OPT:MAX", help="batch sizes of the profile, or one fixed size (default 1:8:128)")
+    for name in ("min", "opt", "max"):
+        group.add_argument(f"--{name}Shapes", metavar="images:NxCxHxW", help="the same in trtexec's spelling" if name == "min" else argparse.SUPPRESS)
+    group.add_argument("--timing-cache", metavar="FILE|none", help="kernel timings, reused by later builds (default: one a user, TensorRT and GPU)")
+    group.add_argument("--workspace", type=_positive, metavar="MIB", help="most scratch memory a layer may use")
+    group.add_argument("--opt-level", type=int, choices=range(6), default=3, help="builder optimisation level (default 3)")
+    group.add_argument("--version-compatible", action="store_true", help="also loads in later TensorRT versions")
+    group.add_argument("--hardware-compatible", action="store_true", help="also runs on other GPUs from Ampere on")
+    group.add_argument("--embed-plugins", action="store_true", help="put the plugin library into the engine file (which then carries code)")
+    group.add_argument("--refit", action="store_true", help="weights may be exchanged later")
+    group.add_argument("--tf32", action="store_true", help="let fp32 GEMMs use TF32 (parity in fp32 then fails by design)")
+    group.add_argument("--plugin-library", metavar="FILE", help="libstm_trtN.so to use instead of the package's")
+
+
+def _build_options(args: argparse.Namespace) -> Any:
+    """BuildOptions from the command line; None where no engine is asked for."""
+    from .deploy import ENGINE_SUFFIXES
+    from .engine import BatchProfile, BuildOptions, default_timing_cache
+
+    shapes = (args.minShapes, args.optShapes, args.maxShapes)
+    if Path(args.output).suffix not in ENGINE_SUFFIXES:
+        if args.batch or any(shapes):
+            raise ConfigError(f"--batch and --*Shapes belong to engines; {args.output} has a dynamic batch of any size")
+        return None
+    if args.batch and any(shapes):
+        raise ConfigError("give --batch or --minShapes/--optShapes/--maxShapes, not both")
+    size = args.image_size if isinstance(args.image_size, tuple) else (args.image_size, args.image_size)
+    if args.timing_cache == "none":
+        cache = None
+    else:
+        cache = Path(args.timing_cache) if args.timing_cache else default_timing_cache()
+    return BuildOptions(
+        batch=BatchProfile.parse(args.batch) if args.batch else BatchProfile.from_shapes(*shapes, size),
+        timing_cache=cache,
+        workspace_bytes=args.workspace * 1024 * 1024 if args.workspace else None,
+        opt_level=args.opt_level,
+        version_compatible=args.version_compatible,
+        hardware_compatible=args.hardware_compatible,
+        embed_plugins=args.embed_plugins,
+        refit=args.refit,
+        tf32=args.tf32,
+    )
 
 
 def _plan_parser(parser: argparse.ArgumentParser) -> None:
@@ -112,17 +159,23 @@ def _plan_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE.onnx")
+    parser.add_argument("file", metavar="FILE", help=".onnx or .engine made by stm-export")
     parser.add_argument("--checkpoint", metavar="FILE", help="the weights it was made from")
     parser.add_argument("--ema", action="store_true")
     parser.add_argument("--reference", metavar="DIR", help="compare with saved inputs and outputs instead of PyTorch (needs no torch)")
     parser.add_argument("--batch", type=_batches, default=[1, 5], metavar="N[,N..]", help="batch sizes (default 1,5)")
     parser.add_argument("--bisect", action="store_true", help="if parity fails, name the first tensor that deviates")
+    parser.add_argument("--plugin-library", metavar="FILE", help="libstm_trtN.so to use instead of the package's")
     _json_option(parser)
 
 
 def _inspect_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help=".onnx, a plan (.json), or weights (.pth, .safetensors)")
+    parser.add_argument("file", metavar="FILE", help=".onnx, .engine, a plan (.json), or weights (.pth, .safetensors)")
+    _json_option(parser)
+
+
+def _doctor_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--require-gpu", action="store_true", help="exit code 3 unless engines can be built here")
     _json_option(parser)
 
 
@@ -181,10 +234,23 @@ def _run_export(args: argparse.Namespace) -> Answer:
         pos_embed_resize=args.pos_embed_resize,
         verify_output=args.verify,
         bisect=args.bisect,
+        build=_build_options(args),
+        plugin_library=args.plugin_library,
         show_progress=True,
     )
     lines = [f"{result.model}, {result.precision}, {result.weights}", *_warn_random(result.weights_random, result.weights), *_figures(result.summary)]
     lines += result.parity.lines() if result.parity else ["  parity NOT checked (--no-verify)"]
+    if result.build:
+        b = result.build
+        lines.append(
+            f"  built in {b['seconds']:.1f} s (Builder {b['builder_seconds']:.1f} s), {b['layers']} layers, {b['plugin_layers']} of them ours, "
+            f"{b['device_memory_bytes'] / 2**20:.0f} MiB of activations"
+        )
+    for t in result.timing or []:
+        rate = t["batch"] / t["median_ms"] * 1e3
+        lines.append(
+            f"  batch {t['batch']:<4} {t['median_ms']:8.3f} ms (p10 {t['p10_ms']:.3f}, p90 {t['p90_ms']:.3f})  {rate:,.0f} images/s, CUDA graph"
+        )
     lines += [
         f"wrote {result.outputs[0]} ({result.bytes / 1e6:.1f} MB) in {sum(result.seconds.values()):.0f} s",
         *(f"      {made}" for made in result.outputs[1:]),
@@ -231,7 +297,15 @@ def _run_plan(args: argparse.Namespace) -> Answer:
 def _run_verify(args: argparse.Namespace) -> Answer:
     from .verification import verify_file
 
-    report = verify_file(args.file, checkpoint=args.checkpoint, ema=args.ema, reference=args.reference, batches=args.batch, bisect=args.bisect)
+    report = verify_file(
+        args.file,
+        checkpoint=args.checkpoint,
+        ema=args.ema,
+        reference=args.reference,
+        batches=args.batch,
+        bisect=args.bisect,
+        plugin_library=args.plugin_library,
+    )
     return {"exit_code": 0 if report else 7, **report.to_dict()}, report.lines()
 
 
@@ -254,11 +328,19 @@ def _run_inspect(args: argparse.Namespace) -> Answer:
     return {"exit_code": 0, **found}, lines
 
 
+def _run_doctor(args: argparse.Namespace) -> Answer:
+    from .doctor import doctor
+
+    report = doctor()
+    return {"exit_code": report.exit_code(args.require_gpu), **report.to_dict()}, report.lines()
+
+
 _VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Answer]]] = {
-    "export": ("weights + merge plan -> a verified .onnx", _export_parser, _run_export),
+    "export": ("weights + merge plan -> a verified .onnx or TensorRT engine", _export_parser, _run_export),
     "plan": ("make, explain and draw a merge plan", _plan_parser, _run_plan),
     "verify": ("compare a file with PyTorch or with saved outputs", _verify_parser, _run_verify),
-    "inspect": ("explain an .onnx, a plan, a weights file", _inspect_parser, _run_inspect),
+    "inspect": ("explain an .onnx, an engine, a plan, a weights file", _inspect_parser, _run_inspect),
+    "doctor": ("what is here, what works, what to do", _doctor_parser, _run_doctor),
 }
 
 

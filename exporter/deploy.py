@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import stm
-from stm import ConfigError, MergePlan, MissingDependencyError, VisionMamba, make_plan, model_config, plan_summary
+from stm import ConfigError, MergePlan, VisionMamba, make_plan, model_config, plan_summary
 from stm.config import ImageSize
 from stm.plan import resolve_plan
 
+from .engine import BuildOptions, build_engine, deserialize, make_sidecar, process, require_gpu, require_tensorrt, sidecar_path
+from .engine_parity import engine_latency, verify_engine
 from .errors import ParityError
 from .files import written_aside
+from .libraries import load_plugin
 from .onnx_export import export_onnx
 from .parity import ParityReport, verify, write_report
+from .passes.cast_precision import PRECISIONS
+from .passes.tensorrt import lower_tensorrt
 from .progress import Steps
 
 WEIGHTS = ("pretrained", "random")
+ENGINE_SUFFIXES = (".engine", ".plan")
 
 
 @dataclass
@@ -35,11 +42,11 @@ class ExportResult:
     summary: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
     parity: ParityReport | None = None
+    build: dict[str, Any] | None = None
+    timing: list[dict[str, float]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        data = asdict(self)
-        data["parity"] = self.parity.to_dict() if self.parity else None
-        return data
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"parity": self.parity.to_dict() if self.parity else None}
 
 
 def choose_plan(
@@ -103,6 +110,11 @@ def load_model(
     )
 
 
+def reference_folder(output: Path) -> Path:
+    """Where the inputs and PyTorch's outputs that a file was verified with lie: beside it."""
+    return output.with_suffix(".reference")
+
+
 def export(
     name: str,
     output: str | os.PathLike[str],
@@ -118,15 +130,20 @@ def export(
     image_size: ImageSize = 224,
     num_classes: int = 1000,
     classes: list[str] | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
     opset: int = 18,
     seed: int = 0,
     pos_embed_resize: str = "correct",
     verify_output: bool = True,
     bisect: bool = False,
+    build: BuildOptions | None = None,
+    plugin_library: str | Path | None = None,
     show_progress: bool = False,
 ) -> ExportResult:
     """Weights + plan -> a verified file; the suffix of `output` says which.
+
+    `.engine` or `.plan` builds a TensorRT engine on our plugin at `precision` (fp16 unless said otherwise) and writes its
+    sidecar `OUTPUT.json`; `build` holds the builder's options.
 
     `.onnx` makes a portable ONNX file and, beside it, `NAME.reference/` with inputs and PyTorch's outputs in
     Polygraphy's format. A path without suffix is a directory that gets everything: model.onnx, plan.json, plan.png,
@@ -139,14 +156,20 @@ def export(
         StmError: see the kinds in `stm.errors` and `exporter.errors`; `exit_code` is the command line's.
     """
     output = Path(output)
-    whole = output.suffix == ""
-    if not whole and output.suffix != ".onnx":
-        if output.suffix in (".engine", ".plan"):
-            raise MissingDependencyError(f"{output}: engines need TensorRT and are not part of this version; export to .onnx")
-        raise ConfigError(f"output is {output}; its suffix must be .onnx, or none for a directory with everything")
-    if precision != "fp32":
-        raise ConfigError(f"precision is {precision!r}; a portable .onnx is fp32")
+    whole, engine = output.suffix == "", output.suffix in ENGINE_SUFFIXES
+    if not whole and not engine and output.suffix != ".onnx":
+        raise ConfigError(f"output is {output}; its suffix must be .onnx, .engine (or .plan), or none for a directory with everything")
+    precision = precision or ("fp16" if engine else "fp32")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision is {precision!r}; choose from {', '.join(PRECISIONS)}")
+    if precision != "fp32" and not engine:
+        raise ConfigError(f"precision is {precision!r}; a portable .onnx is fp32. Engines (-o x.engine) take fp16 and bf16")
+    if engine:
+        require_tensorrt()
+        require_gpu()
+        load_plugin(plugin_library)
     target = output / "model.onnx" if whole else output
+    options = build or BuildOptions()
     seconds: dict[str, float] = {}
 
     def timed(key: str, since: float) -> float:
@@ -154,7 +177,7 @@ def export(
         seconds[key] = round(now - since, 3)
         return now
 
-    with Steps(4 if verify_output else 3, show_progress) as steps:
+    with Steps(3 + engine * 2 + verify_output, show_progress) as steps:
         clock = time.perf_counter()
         with steps.step("loading weights"):
             chosen = choose_plan(
@@ -187,14 +210,31 @@ def export(
             seconds=seconds,
         )
         with written_aside(target) as aside:
+            sidecar: dict[str, Any] | None = None
+            if engine:
+                with steps.step("lowering"):
+                    lowered = lower_tensorrt(proto, precision)
+                    clock = timed("lower", clock)
+                with steps.step("building the engine"):
+                    blob, info = build_engine(lowered, options, plugin_library=plugin_library, show_progress=show_progress)
+                    sidecar = make_sidecar(lowered, blob, options, info, load_plugin(plugin_library), precision)
+                    result.build = sidecar["build"]
+                    clock = timed("build", clock)
             with steps.step("writing"):
-                aside.write_bytes(proto.SerializeToString())
+                aside.write_bytes(blob if engine else proto.SerializeToString())
                 result.bytes = aside.stat().st_size
                 del proto
                 clock = timed("write", clock)
+            if engine:
+                loaded = deserialize(process(), blob)
+                result.timing = engine_latency(loaded, options.batch, model.config.image_size)
+                clock = timed("time", clock)
             if verify_output:
                 with steps.step("verifying"):
-                    report = verify(aside, model, precision=precision, bisect=bisect)
+                    if engine:
+                        report = verify_engine(loaded, lowered, model, precision, options, bisect=bisect, plugin_library=plugin_library)
+                    else:
+                        report = verify(aside, model, precision=precision, bisect=bisect)
                     result.parity = report
                     timed("verify", clock)
                     if not report:
@@ -204,8 +244,13 @@ def export(
                             report.check()
                         except ParityError as error:
                             raise ParityError(f"{error}. The file is kept as {failed}") from None
+            if sidecar is not None:
+                sidecar |= {"parity": result.parity.to_dict() if result.parity else None, "timing": result.timing}
+                with written_aside(sidecar_path(target)) as sidecar_aside:
+                    sidecar_aside.write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
+                result.outputs.append(str(sidecar_path(target)))
         if result.parity is not None:
-            result.outputs += result.parity.save_reference(output / "reference" if whole else output.with_suffix(".reference"))
+            result.outputs += result.parity.save_reference(output / "reference" if whole else reference_folder(output))
         if whole:
             result.outputs += _write_companions(output, model, result)
     return result

@@ -9,7 +9,8 @@ from typing import Any
 
 import onnx
 
-from stm import ConfigError, MergePlan, load_checkpoint, model_config, plan_summary
+from stm import ConfigError, MergePlan, StmError, load_checkpoint, model_config, plan_summary
+from stm.checkpoint import file_sha256
 from stm.registry import list_models, model_entry
 
 from .errors import ArtefactError
@@ -19,7 +20,7 @@ MAX_ONNX_BYTES = 1 << 31
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """Describe a file; `kind` in the result is "onnx", "plan" or "checkpoint".
+    """Describe a file; `kind` in the result is "onnx", "engine", "plan" or "checkpoint".
 
     Raises:
         ArtefactError: no such file, or not an ONNX model.
@@ -31,11 +32,13 @@ def inspect(path: str | Path) -> dict[str, Any]:
         raise ArtefactError(f"no file {path}")
     if path.suffix == ".onnx":
         return _inspect_onnx(path)
+    if path.suffix in (".engine", ".plan"):
+        return _inspect_engine(path)
     if path.suffix == ".json":
         return _inspect_plan(path)
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt", ".safetensors"):
         return _inspect_checkpoint(path)
-    raise ConfigError(f"{path}: inspect reads .onnx, .json (a plan), and .pth, .pt, .bin, .ckpt, .safetensors (weights)")
+    raise ConfigError(f"{path}: inspect reads .onnx, .engine, .json (a plan), and .pth, .pt, .bin, .ckpt, .safetensors (weights)")
 
 
 def _inspect_onnx(path: Path) -> dict[str, Any]:
@@ -70,6 +73,27 @@ def _inspect_onnx(path: Path) -> dict[str, Any]:
         "seqlen": json.loads(meta["seqlen"]) if meta.get("seqlen") else None,
         "classes": len(json.loads(meta["classes"])) if meta.get("classes") else None,
     }
+
+
+def _inspect_engine(path: Path) -> dict[str, Any]:
+    """The sidecar, whether the file is the one it speaks of, and the layers where TensorRT and a GPU are here."""
+    from .engine import engine_layers, load_engine, process, read_sidecar
+
+    sidecar = read_sidecar(path)
+    found: dict[str, Any] = {"kind": "engine", "file": str(path), "bytes": path.stat().st_size}
+    found["matches_sidecar"] = file_sha256(path) == sidecar["engine_sha256"]
+    found |= {key: value for key, value in sidecar.items() if key not in ("schema", "kind", "plan", "classes")}
+    found["classes"] = len(sidecar["classes"]) if sidecar.get("classes") else None
+    try:
+        engine, _ = load_engine(path)
+    except StmError as error:
+        found["layers"] = f"not read: {error}"
+    else:
+        layers = engine_layers(engine, process().trt)
+        found["layers"] = len(layers)
+        found["plugin_layers"] = sum(layer["plugin"] for layer in layers)
+        found["layer_list"] = [f"{'ours   ' if layer['plugin'] else 'TensorRT'} {layer['type']:<14} {layer['name']}" for layer in layers]
+    return found
 
 
 def _inspect_plan(path: Path) -> dict[str, Any]:

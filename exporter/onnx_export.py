@@ -20,14 +20,13 @@ from stm import VisionMamba, __version__, plan_summary, state_dict_sha256
 
 from .errors import ExportError
 from .images import CROP_RATIO, imagenet_classes
-from .op_schema import DOMAIN, DOMAIN_VERSION, OPS, WEIGHT_OPS, conv_op_name, scan_op_name
+from .op_schema import DOMAIN, DOMAIN_VERSION, INPUT, OPS, OUTPUT, WEIGHT_OPS, conv_op_name, scan_op_name
 from .passes.name_tensors import name_tensors
 from .passes.portable import portable
 from .passes.strip_metadata import strip_metadata
 
 OPSETS = (18, 19, 20)
 IR_VERSION = 10
-INPUT, OUTPUT = "images", "logits"
 
 
 def _node(name: str, *inputs: Any) -> Any:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from onnx import defs
 
 DOMAIN = "stm"
+INPUT, OUTPUT = "images", "logits"  # of every file and engine we make
 DOMAIN_VERSION = 1
 PLUGIN_VERSION = "1"
 PLUGIN_NAMESPACE = ""

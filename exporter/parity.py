@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -17,14 +17,14 @@ from polygraphy.comparator import Comparator, CosineSimilarityCompareFunc, RunRe
 from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
 
-from stm import VisionMamba
-
 from .errors import ArtefactError, ParityError
 from .images import parity_inputs
-from .onnx_export import INPUT, OUTPUT
+from .op_schema import INPUT, OUTPUT
 from .runtimes.ort import onnxruntime_runner
-from .runtimes.pytorch import TorchRunner
 from .tolerances import Tolerance, tolerance
+
+if TYPE_CHECKING:
+    from stm import VisionMamba
 
 Floats = NDArray[np.float32]
 
@@ -213,10 +213,24 @@ def verify(
     Returns:
         A report; `report.check()` raises if it failed, `report.save_reference(folder)` keeps inputs and reference.
     """
-    allowed = tolerance(precision)
     config = model.config
     feeds = list(inputs) if inputs is not None else parity_inputs(config.image_size, config.mean, config.std, batches)
-    runner = onnxruntime_runner(target if isinstance(target, bytes) else Path(target))
+    report = judge(onnxruntime_runner(target if isinstance(target, bytes) else Path(target)), model, precision, feeds)
+    if bisect and not report:
+        report.bisected = True
+        report.deviates_at = first_deviation(target, model, feeds[:1], report.allowed.tensor_error)
+    return report
+
+
+def judge(runner: Any, model: VisionMamba, precision: str, feeds: list[Floats]) -> ParityReport:
+    """Run any Polygraphy runner and the model in PyTorch on the same inputs and judge.
+
+    Raises:
+        ParityError: the runner cannot run at all.
+    """
+    from .runtimes.pytorch import TorchRunner
+
+    allowed = tolerance(precision)
     try:
         results = run([runner, TorchRunner(model)], feeds)
     except Exception as error:
@@ -227,9 +241,6 @@ def verify(
         failures.append("Polygraphy's comparison fails")
     report = ParityReport(name, reference_name, precision, [len(feed) for feed in feeds], metrics, allowed, failures)
     report.feeds, report.reference_results = feeds, RunResults([(reference_name, want)])
-    if bisect and failures:
-        report.bisected = True
-        report.deviates_at = first_deviation(target, model, feeds[:1], allowed.max_error)
     return report
 
 
@@ -252,12 +263,21 @@ def first_deviation(target: str | Path | bytes, model: VisionMamba, inputs: Sequ
         tensors[name].dtype = tensors[name].dtype or np.float32
     marked = gs.export_onnx(graph)
     marked.ir_version = proto.ir_version
-    results = run([onnxruntime_runner(marked.SerializeToString()), TorchRunner(model, taps=names)], inputs)
+    return deviating_tensor(onnxruntime_runner(marked.SerializeToString()), model, names, {}, inputs, allowed)
+
+
+def deviating_tensor(
+    runner: Any, model: VisionMamba, names: Sequence[str], renamed: dict[str, str], inputs: Sequence[Floats], allowed: float
+) -> str | None:
+    """The first of `names` (torch module paths; `renamed` says what the runner calls them) out of tolerance, or None."""
+    from .runtimes.pytorch import TorchRunner
+
+    results = run([runner, TorchRunner(model, taps=names)], inputs)
     (_, got), (_, want) = results.items()
     for name in [*names, OUTPUT]:
         for a, b in zip(got, want, strict=True):
             reference = np.asarray(b[name], dtype=np.float64)
-            error = np.abs(np.asarray(a[name], dtype=np.float64) - reference).max()
+            error = np.abs(np.asarray(a[renamed.get(name, name)], dtype=np.float64) - reference).max()
             if not error <= allowed * max(float(reference.std()), 1e-12):
                 return name
     return None

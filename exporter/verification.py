@@ -6,17 +6,21 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 
+from .engine import BatchProfile, BuildOptions, load_engine
 from .errors import ArtefactError
+from .images import parity_inputs
 from .parity import ParityReport, compare_logits, load_reference, run, verify
 from .runtimes.ort import onnxruntime_runner
+from .runtimes.trt import tensorrt_runner
 from .tolerances import tolerance
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The `stm.*` metadata of an ONNX file, without the prefix.
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What an ONNX file says about itself, under the names of an engine's sidecar.
 
     Raises:
         ArtefactError: no such file, not ONNX, or not made by us.
@@ -28,7 +32,17 @@ def read_metadata(path: Path) -> dict[str, str]:
     meta = {entry.key.removeprefix("stm."): entry.value for entry in model.metadata_props if entry.key.startswith("stm.")}
     if not meta:
         raise ArtefactError(f"{path} has no stm metadata: not made by stm-export, or stripped since; export it again")
-    return meta
+    plain = ("model", "weights", "weights_sha256", "precision")
+    try:
+        return {
+            **{key: meta[key] for key in plain},
+            "weights_random": json.loads(meta["weights_random"]),
+            "image_size": json.loads(meta["image_size"]),
+            "num_classes": json.loads(meta["config"])["num_classes"],
+            "plan": json.loads(meta["plan"]) if meta["plan"] else None,
+        }
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ArtefactError(f"{path}: its stm metadata is damaged ({error}); export it again") from None
 
 
 def verify_file(
@@ -39,8 +53,9 @@ def verify_file(
     reference: str | os.PathLike[str] | None = None,
     batches: Sequence[int] = (1, 5),
     bisect: bool = False,
+    plugin_library: str | Path | None = None,
 ) -> ParityReport:
-    """Run an ONNX file on ONNX Runtime and judge it.
+    """Run an ONNX file on ONNX Runtime, or an engine on TensorRT, and judge it.
 
     With `reference`, a folder of inputs.json and outputs.json, nothing else is needed. Without, the model is rebuilt
     from the file's metadata: random weights from their seed, others from `checkpoint`.
@@ -49,11 +64,16 @@ def verify_file(
         ArtefactError: the weights are not those the file was made from; names both hashes.
     """
     path = Path(path)
-    meta = read_metadata(path)
+    engine = path.suffix in (".engine", ".plan")
+    if engine:
+        loaded, meta = load_engine(path, plugin_library)
+        runner = tensorrt_runner(loaded)
+    else:
+        meta, runner = read_metadata(path), onnxruntime_runner(path)
     precision = meta["precision"]
     if reference is not None:
         feeds, wanted = load_reference(Path(reference))
-        results = run([onnxruntime_runner(path)], feeds)
+        results = run([runner], feeds)
         (name, got), *_ = results.items()
         allowed = tolerance(precision)
         metrics, failures = compare_logits([i["logits"] for i in got], wanted, allowed)
@@ -61,18 +81,22 @@ def verify_file(
 
     from stm import MergePlan, create_model, state_dict_sha256
 
-    random = json.loads(meta["weights_random"])
+    from .engine_parity import profile_batches, verify_engine
+    from .onnx_export import export_onnx
+    from .passes.tensorrt import lower_tensorrt
+
+    random = meta["weights_random"]
     if not random and checkpoint is None:
         raise ArtefactError(f"{path} was made from {meta['weights']}; pass --checkpoint FILE, or --reference DIR with saved outputs")
     if random and checkpoint is not None:
         raise ArtefactError(f"{path} was made from {meta['weights']}; drop --checkpoint")
-    size = json.loads(meta["image_size"])
+    size, plan = meta["image_size"], meta["plan"]
     model = create_model(
         meta["model"],
         checkpoint=checkpoint,
-        plan=MergePlan.from_json(meta["plan"]) if meta["plan"] else None,
+        plan=MergePlan.from_dict(plan) if plan else None,
         image_size=(size[0], size[1]),
-        num_classes=json.loads(meta["config"])["num_classes"],
+        num_classes=meta["num_classes"],
         seed=int(meta["weights"].partition("(seed ")[2].partition(")")[0] or 0) if random else 0,
         ema=ema,
     )
@@ -81,4 +105,10 @@ def verify_file(
         raise ArtefactError(
             f"the weights' hash is {found[:16]}.., {path} was made from {meta['weights_sha256'][:16]}..; pass the right --checkpoint (and --ema)"
         )
-    return verify(path, model, precision=precision, batches=batches, bisect=bisect)
+    if not engine:
+        return verify(path, model, precision=precision, batches=batches, bisect=bisect)
+    options = BuildOptions(batch=BatchProfile(**meta["batch"]))
+    lowered = lower_tensorrt(export_onnx(model), precision)
+    config = model.config
+    feeds = parity_inputs(config.image_size, config.mean, config.std, profile_batches(options.batch, tuple(batches)))
+    return verify_engine(loaded, lowered, model, precision, options, feeds=feeds, bisect=bisect, plugin_library=plugin_library)

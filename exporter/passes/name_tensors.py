@@ -24,7 +24,8 @@ def module_of(node: onnx.NodeProto) -> str | None:
     for entry in node.metadata_props:
         if entry.key == SCOPES:
             scopes = ast.literal_eval(entry.value)
-            return str(scopes[-2]) if len(scopes) > 1 else ""
+            path = str(scopes[-2]) if len(scopes) > 1 else ""
+            return "" if path.startswith("_") else path  # the exporter's own, not a module of the model
     return None
 
 

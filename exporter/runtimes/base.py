@@ -8,7 +8,7 @@ import numpy as np
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
-from ..onnx_export import INPUT
+from ..op_schema import INPUT
 
 
 class ImageRunner(BaseRunner):  # type: ignore[misc]

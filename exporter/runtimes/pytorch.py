@@ -11,7 +11,7 @@ import torch
 
 from stm import VisionMamba
 
-from ..onnx_export import INPUT, OUTPUT
+from ..op_schema import INPUT, OUTPUT
 from .base import ImageRunner
 
 

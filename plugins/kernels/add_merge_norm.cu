@@ -1,5 +1,5 @@
-// add_merge_norm.cu: residual add, merge, RMSNorm. Each output token gathers its own members in a fixed order, so nothing
-// is scattered and results repeat bit for bit.
+// add_merge_norm.cu: residual add, merge, RMSNorm. Each output token gathers its own members in a fixed order, so
+// nothing is scattered and results repeat bit for bit.
 #include "add_merge_norm.h"
 
 #include "device.cuh"
@@ -7,8 +7,8 @@
 namespace stm {
 namespace {
 
-// Calls add(residual position, hidden position, weight) for each member of output token t: for kEdge the target first and
-// then its sources in ascending order, for kTable in the table's order.
+// Calls add(residual position, hidden position, weight) for each member of output token t: for kEdge the target first
+// and then its sources in ascending order, for kTable in the table's order.
 template <typename Add>
 __device__ __forceinline__ void for_each_member(const AddMergeNormParams& p, int b, int t, Add add) {
   if (p.cls_index >= 0) return add(p.cls_index, 0, 1.f);
@@ -92,8 +92,8 @@ struct BlockNormTraits {
   static constexpr int kThreads = 256;
 };
 
-// Any d_model: a block owns one output token. residual_out holds the sums between the two passes; a thread reads back only
-// what it wrote itself.
+// Any d_model: a block owns one output token. residual_out holds the sums between the two passes; a thread reads back
+// only what it wrote itself.
 template <typename Traits>
 __global__ __launch_bounds__(Traits::kThreads) void block_norm_kernel(const __grid_constant__ AddMergeNormParams p) {
   using T = typename Traits::T;

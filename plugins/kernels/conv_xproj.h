@@ -13,14 +13,16 @@ struct ConvXProjParams {  // contiguous; extents in elements
   const float* conv_bias;               // (2, d_inner)
   const void* x_proj_weight;            // (2, row, d_inner), T
   void* x_dbl;                          // (2, batch, seqlen, row), T
-  void* workspace;                      // conv_xproj_workspace_bytes
+  void* workspace;                      // conv_xproj_workspace_bytes (none today: may be null)
 };
 
 // Stored in engines: never renumber; zero is reserved by TensorRT.
+// kSimple: every type and extent (row a multiple of 8). kTensorCore: fp16, bf16; d_inner a multiple of 32, row <= 96.
 enum class ConvXProjTactic : int32_t { kSimple = 1, kTensorCore = 2 };
 
 // Tactics that can run these extents and type, safest first; returns their number (at most capacity).
-int32_t conv_xproj_tactics(int32_t seqlen, int32_t d_inner, int32_t row, DataType type, int32_t* tactics, int32_t capacity);
+int32_t conv_xproj_tactics(int32_t seqlen, int32_t d_inner, int32_t row, DataType type, int32_t* tactics,
+                           int32_t capacity);
 size_t conv_xproj_workspace_bytes(int64_t batch, int64_t seqlen, int64_t d_inner, int64_t row, DataType type);
 // Enqueues only: no allocation, synchronisation or exception, so it may be captured.
 cudaError_t conv_xproj(const ConvXProjParams& p, ConvXProjTactic tactic, cudaStream_t stream);

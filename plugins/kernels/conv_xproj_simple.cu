@@ -14,8 +14,8 @@ struct SimpleConvXProjTraits {
   static constexpr int kPad = 4;                     // keeps rows 16-byte aligned and off each other's banks
 };
 
-// Grid (token tiles, 2 directions, output tiles). Tokens of all images are counted through; the conv window stops at its
-// own image's edge. u exists only as a tile in shared memory, in float32.
+// Grid (token tiles, 2 directions, output tiles). Tokens of all images are counted through; the conv window stops at
+// its own image's edge. u exists only as a tile in shared memory, in float32.
 template <typename Traits>
 __global__ __launch_bounds__(Traits::kThreads) void simple_conv_xproj_kernel(
     const __grid_constant__ ConvXProjParams p) {

@@ -38,7 +38,8 @@ int32_t mamba_scan_tactics(int32_t seqlen, int32_t d_inner, int32_t d_state, int
   return count;
 }
 
-size_t mamba_scan_workspace_bytes(int64_t batch, int64_t seqlen, int64_t d_inner, int64_t d_state, int64_t, DataType type) {
+size_t mamba_scan_workspace_bytes(int64_t batch, int64_t seqlen, int64_t d_inner, int64_t d_state, int64_t,
+                                  DataType type) {
   // Wrappers ask before the tactic is known: the largest need of any tactic, and only kSegments has one.
   if (type == DataType::kFloat32 || d_state != 16) return 0;
   return mamba_scan_segments_workspace_bytes(batch, seqlen, d_inner);
@@ -51,7 +52,8 @@ cudaError_t mamba_scan(const MambaScanParams& p, MambaScanTactic tactic, cudaStr
   switch (tactic) {
     case MambaScanTactic::kSimple: status = mamba_scan_simple(p, stream); break;
     case MambaScanTactic::kWalkMma:
-      if (mamba_scan_walk_supported(p.d_inner, p.d_state, p.dt_rank, p.row, p.type)) status = mamba_scan_walk(p, stream);
+      if (mamba_scan_walk_supported(p.d_inner, p.d_state, p.dt_rank, p.row, p.type))
+        status = mamba_scan_walk(p, stream);
       break;
     case MambaScanTactic::kSegments:
       if (mamba_scan_segments_supported(p.seqlen, p.d_inner, p.d_state, p.dt_rank, p.row, p.type))

@@ -7,7 +7,7 @@ namespace stm {
 namespace {
 
 constexpr int kStates = 16, kSegments = 16, kChannels = 4, kMaxRank = 64;
-constexpr int kShortTokens = 7, kLongTokens = 13;  // of a segment; odd, so that two segments of a warp miss each other's banks
+constexpr int kShortTokens = 7, kLongTokens = 13;  // of a segment; odd: the two segments of a warp use different banks
 constexpr int kMaxPart = kSegments * kLongTokens;  // beyond it L is cut into parts, a block each
 
 template <typename T_, int kTokens_, bool kEndOnly_>
@@ -45,8 +45,9 @@ __device__ __forceinline__ void carry_on(float4& h, float4 decay, float4 end) {
   h.z = fmaf(decay.z, h.z, end.z), h.w = fmaf(decay.w, h.w, end.w);
 }
 
-// Grid (channels / 4, batch, parts). A thread walks its segment from a zero state and keeps C x (decay since the segment's
-// start) in half precision, so that the incoming state is added to y afterwards without a second pass of exponentials.
+// Grid (channels / 4, batch, parts). A thread walks its segment from a zero state and keeps C x (decay since the
+// segment's start) in half precision, so that the incoming state is added to y afterwards without a second pass of
+// exponentials.
 template <typename Traits>
 __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segments_kernel(
     const __grid_constant__ MambaScanParams p) {
@@ -96,7 +97,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
   }
   __syncthreads();
 
-  // ---- delta, u, D u: a thread a token and direction, four channels. Past the end delta is 0: the state stays as it is.
+  // ---- delta, u, D u: a thread a token and direction, four channels. Past the end delta is 0 and the state stays.
   for (int i = tid; i < 2 * (Traits::kPart - len) * kChannels; i += kThreads) {
     const int d = i & 1, k = i >> 1;
     shared.delta[d][len + k / kChannels][k % kChannels] = make_float2(0.f, 0.f);
@@ -122,7 +123,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
       delta.x = fmaf(w.x, v, delta.x), delta.y = fmaf(w.y, v, delta.y);
       delta.z = fmaf(w.z, v, delta.z), delta.w = fmaf(w.w, v, delta.w);
     };
-#pragma unroll 2
+#pragma unroll 3
     for (int r = 0; r < R; r += 4) {
       const float4 v = load4(row + r);
       add(shared.dt_weight[d][r], v.x);

@@ -1,5 +1,5 @@
-// mamba_scan_walk.cu: the scan for large batches: conv + SiLU, dt_proj, both scans, D, sum and gate in one kernel on tensor
-// cores (d_state 16). Bound by instruction issue and exponentials, not by bytes: see the counts at walk_chunk.
+// mamba_scan_walk.cu: the scan for large batches: conv + SiLU, dt_proj, both scans, D, sum and gate in one kernel on
+// tensor cores (d_state 16). Bound by instruction issue and exponentials, not by bytes: see walk_chunk.
 #include <climits>
 
 #include "device.cuh"
@@ -16,14 +16,14 @@ struct WalkTraits {
   static constexpr int kChannels = 32;        // of a warp
   static constexpr int kThreads = 64;         // one warp forward, one backward, over the same channels
   static constexpr int kBlocksPerSM = 6;      // 168 registers: the walk unrolls without spills
-  static constexpr int kTile = 80;            // bytes of a staged token of x, z, y: 32 channels and a pad against conflicts
+  static constexpr int kTile = 80;            // bytes of a staged token of x, z, y: 32 channels and a pad
   static constexpr int kRow = kSteps > 3 ? 224 : 160;  // bytes of a staged x_dbl row, so that 8 rows miss each other
   static constexpr int kMaxRow = kSteps > 3 ? 96 : kSteps > 2 ? 80 : 64;  // elements
   static constexpr int kPieces = kSteps > 2 ? 3 : 2;   // 16-byte pieces of 8 rows, a lane
 };
 
-// One warp's share. A chunk is 8 tokens in scan order; lane (g, q) = (lane / 4, lane % 4) owns channels 4g..4g+3 and states
-// 4q..4q+3 of the walk, and tokens 2q, 2q+1 of what is computed a chunk at a time.
+// One warp's share. A chunk is 8 tokens in scan order; lane (g, q) = (lane / 4, lane % 4) owns channels 4g..4g+3 and
+// states 4q..4q+3 of the walk, and tokens 2q, 2q+1 of what is computed a chunk at a time.
 template <typename Traits>
 struct WarpShared {
   float4 delta[72];    // s delta of 8 tokens x 32 channels; token pairs lie 288 bytes apart: no bank conflicts
@@ -45,9 +45,9 @@ __device__ __forceinline__ uint32_t to_half2(uint32_t v, __nv_bfloat16) {
 // The forward and the backward warp meet. An immediate barrier number, else the compiler books all 16.
 __device__ __forceinline__ void pair_barrier() { asm volatile("bar.sync 1, 64;" ::: "memory"); }
 
-// Eight tokens of the recurrence. A token and 16 channels: decayed state by 8 exponentials a lane, + u delta B by two mma
-// m16n8k8 (the decayed state is the accumulator; u delta lies in its token's column, B is masked to that token), C h by one
-// mma m16n8k16 on the state rounded to fp16, whose result lies with the lanes that own the token.
+// Eight tokens of the recurrence. A token and 16 channels: decayed state by 8 exponentials a lane, + u delta B by two
+// mma m16n8k8 (the decayed state is the accumulator; u delta lies in its token's column, B is masked to that token),
+// C h by one mma m16n8k16 on the state rounded to fp16, whose result lies with the lanes that own the token.
 // h, a: [m-tile i][n-tile j][r]: channel 4g + 2i + (r >> 1), state 4q + j + 2 (r & 1).
 // kPolynomial moves 4 of a lane's 16 exponentials to the FMA pipe: 4 % faster, more is slower.
 template <bool kPolynomial, int kUnroll, typename Shared>
@@ -91,8 +91,8 @@ __device__ __forceinline__ void walk_chunk(const Shared& shared, int g, int q, c
   }
 }
 
-// Grid: images x tiles of 32 channels. Until the warps meet in the middle each leaves its sums (rounded to T) in y; from
-// there on each adds the other's and gates. With cls_index both stop at that token and meet in shared memory.
+// Grid: images x tiles of 32 channels. Until the warps meet in the middle each leaves its sums (rounded to T) in y;
+// from there on each adds the other's and gates. With cls_index both stop at that token and meet in shared memory.
 // Hazard: u delta and h pass through fp16, so |h| must stay below 65,504.
 template <typename Traits>
 __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_kernel(
@@ -109,7 +109,8 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
   asm volatile("" : "+r"(g), "+r"(q));
   auto& shared = warp_shared[dir];
   const int L = p.seqlen, E = p.d_inner, R = p.dt_rank, tiles = E / Traits::kChannels;
-  const int b = blockIdx.x / tiles, warp_channel = (blockIdx.x % tiles) * Traits::kChannels, lane_channel = warp_channel + 4 * g;
+  const int b = blockIdx.x / tiles, warp_channel = (blockIdx.x % tiles) * Traits::kChannels;
+  const int lane_channel = warp_channel + 4 * g;
   const int all_chunks = (L + 7) >> 3, cls = p.cls_index;
 
   // ---- weights to shared memory
@@ -153,8 +154,8 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
       a[i][0][r] = v.x * kLog2e, a[i][1][r] = v.y * kLog2e;
       h[i][0][r] = h[i][1][r] = 0.f;
     }
-  // The polynomial wants delta a >= -126. delta is shared by a channel's four lanes, so it is clamped for the steepest of
-  // their states; the flattest has then lost only decays below 2^(-120/8). Other A take the exponential.
+  // The polynomial wants delta a >= -126. delta is shared by a channel's four lanes, so it is clamped for the steepest
+  // of their states; the flattest has then lost only decays below 2^(-120/8). Other A take the exponential.
   float limit[4];
   bool fits = true;
 #pragma unroll
@@ -176,7 +177,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
   const int k_lane = dir ? 7 - g : g, lane_limit = L - k_lane;
   const int first = dir ? all_chunks - 1 : 0, middle = (all_chunks + 1) >> 1;
   const int chunks = cls < 0 ? all_chunks : dir ? all_chunks - (cls >> 3) : (cls >> 3) + 1;
-  const int meeting = cls >= 0 ? INT_MAX : dir ? all_chunks - middle : middle;  // from here on the other's sums are there
+  const int meeting = cls >= 0 ? INT_MAX : dir ? all_chunks - middle : middle;  // from here on the other was there
   // Per image, in bytes: 32 bits are enough (checked at launch) and save registers.
   const char* xz_image =
       reinterpret_cast<const char*>(static_cast<const T*>(p.xz) + static_cast<int64_t>(b) * L * 2 * E);
@@ -197,7 +198,8 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
   auto first_token = [&](int n) { return static_cast<unsigned>(8 * (dir ? first - n : n)); };
   auto stage = [&](int n, int slot) {
     const unsigned t = first_token(n);
-    copy_async16(shared.x[slot] + g * kTile + q * 16, xz_image + (x_source + t * xz_stride), static_cast<int>(t) < lane_limit);
+    copy_async16(shared.x[slot] + g * kTile + q * 16, xz_image + (x_source + t * xz_stride),
+                 static_cast<int>(t) < lane_limit);
     char* rows = shared.rows[n & 1];
 #pragma unroll
     for (int i = 0; i < kPieces; i++) {

@@ -1,4 +1,4 @@
-// merge_weights.cu: how much of a merged token's contribution is left at its target (STM, arXiv 2509.22691, eq. 9 to 11).
+// merge_weights.cu: how much of a merged token's contribution is left at its target (STM, arXiv 2509.22691).
 #include <cmath>
 
 #include "dt_proj.cuh"

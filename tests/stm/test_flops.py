@@ -12,7 +12,7 @@ MODELS = {size: model_config(f"vim-{size}") for size in "tsb"}
 
 def steps(k: int, last: int, final: int | None = None) -> dict[int, tuple[int, int]]:
     """k a side before layers 1..last; `final` tokens in the last of them, the odd one left."""
-    schedule = {layer: (k, k) for layer in range(1, last + 1)}
+    schedule = dict.fromkeys(range(1, last + 1), (k, k))
     if final is not None:
         schedule[last] = ((final + 1) // 2, final // 2)
     return schedule
@@ -30,7 +30,9 @@ TABLE = {
 SHIPPED = [name for name in TABLE if name in ("stm-15", "stm-20", "stm-30", "stm-40")]
 
 
-@pytest.mark.parametrize(("size", "paper", "printed", "both"), [("t", 1.4491, 1.45, 1.823), ("s", 5.0769, 5.08, 5.912), ("b", 18.8684, 18.87, 20.888)])
+@pytest.mark.parametrize(
+    ("size", "paper", "printed", "both"), [("t", 1.4491, 1.45, 1.823), ("s", 5.0769, 5.08, 5.912), ("b", 18.8684, 18.87, 20.888)]
+)
 def test_unmerged(size: str, paper: float, printed: float, both: float) -> None:
     got = gflops_paper(MODELS[size])
     assert (round(got, 4), round(got, 2)) == (paper, printed)

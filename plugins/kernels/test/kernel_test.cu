@@ -1,7 +1,8 @@
-// kernel_test.cu: every kernel, tactic and type against a float64 reference on the CPU; with --time, how long they take.
-//   kernel_test [--quick] [--time] [--only conv|scan|norm] [--verbose]
-// Outputs start as NaN, with canaries behind them; each case runs twice, the second time from a captured graph, and both
-// results must be equal bit for bit. The reference gets the inputs as rounded to T. Exit code: number of failures > 0.
+// kernel_test.cu: every kernel, tactic and type against a float64 reference on the CPU; with --time, how long they
+// take.
+//   kernel_test [--quick] [--time] [--only conv|scan|norm] [--type fp32|fp16|bf16] [--verbose]
+// Outputs start as NaN, with canaries behind them; each case runs twice, the second time from a captured graph, and
+// both results must be equal bit for bit. The reference gets the inputs as rounded to T. Exit code 1 after a failure.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -153,7 +154,7 @@ void parallel_for(int64_t n, const std::function<void(int64_t)>& body) {
 
 struct Options {
   bool quick = false, time = false, verbose = false;
-  std::string only;
+  std::string only, type;
 } options;
 
 struct Group {
@@ -268,8 +269,9 @@ struct Case {
   }
 };
 
-// Trained-like: delta has its median at 0.017 and 0.1 % above 0.3; A = -(1..16) with 5 % noise. Hard: delta up to 3, 30 %
-// noise. Extreme: delta up to 10 and down to 1e-6, A over six decades, large x: where clamps and fast functions break.
+// Trained-like: delta has its median at 0.017 and 0.1 % above 0.3; A = -(1..16) with 5 % noise. Hard: delta up to 3,
+// 30 % noise. Extreme: delta up to 10 and down to 1e-6, A over six decades, large x: where clamps and fast functions
+// break.
 struct Layer {
   Values xz, x_dbl, conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D, scale;
   Layer(const Case& c, DataType T) {
@@ -333,7 +335,8 @@ void conv_reference(const Layer& w, const Case& c, int dir, int b, int e, Values
 double delta_reference(const Layer& w, const Case& c, int dir, int b, int e, int t) {
   const int64_t L = c.seqlen, E = c.d_inner, R = c.dt_rank, P = c.row();
   double s = w.dt_bias[dir * E + e];
-  for (int64_t r = 0; r < R; r++) s += w.dt_weight[(dir * E + e) * R + r] * w.x_dbl[((dir * c.batch + b) * L + t) * P + r];
+  for (int64_t r = 0; r < R; r++)
+    s += w.dt_weight[(dir * E + e) * R + r] * w.x_dbl[((dir * c.batch + b) * L + t) * P + r];
   return softplus(s);
 }
 
@@ -368,9 +371,8 @@ void test_conv(const Case& c, DataType T) {
                                           {{&x_dbl, T}, {&workspace, T}}, got);
     // fp16: u and the result are rounded, 2e-4 each; bf16 eight times as coarse
     const double bound = T == DataType::kFloat32 ? 3e-6 : T == DataType::kFloat16 ? 6e-4 : 5e-3;
-    const std::string no_workspace = trouble;
     report(std::string("conv_xproj ") + (tactics[i] == 1 ? "simple " : "tensor core ") + name_of(T), c.text(),
-           got.empty() ? NAN : relative_error(got[0], want), bound, no_workspace);
+           got.empty() ? NAN : relative_error(got[0], want), bound, trouble);
   }
 }
 
@@ -863,6 +865,9 @@ void time_all() {
 
 }  // namespace
 
+const char kUsage[] =
+    "usage: kernel_test [--quick] [--time] [--only conv|scan|norm] [--type fp32|fp16|bf16] [--verbose]";
+
 int main(int argc, char** argv) {
   for (int i = 1; i < argc; i++) {
     const std::string a = argv[i];
@@ -870,9 +875,9 @@ int main(int argc, char** argv) {
     else if (a == "--time") options.time = true;
     else if (a == "--verbose") options.verbose = true;
     else if (a == "--only" && i + 1 < argc) options.only = argv[++i];
+    else if (a == "--type" && i + 1 < argc) options.type = argv[++i];
     else {
-      std::printf("unknown option '%s'\nusage: kernel_test [--quick] [--time] [--only conv|scan|norm] [--verbose]\n",
-                  a.c_str());
+      std::printf("unknown option '%s'\n%s\n", a.c_str(), kUsage);
       return 2;
     }
   }
@@ -884,6 +889,7 @@ int main(int argc, char** argv) {
     return 0;
   }
   for (DataType T : kTypes) {
+    if (!options.type.empty() && options.type != name_of(T)) continue;
     if (wanted("norm"))
       for (const NormCase& c : norm_cases()) test_norm(c, T);
     if (wanted("conv"))

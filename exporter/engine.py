@@ -1,0 +1,519 @@
+"""ONNX -> TensorRT engine on our plugin, strongly typed; and the sidecar that says what belongs to it.
+
+TensorRT is imported inside the functions: everything else of the package works without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from stm.errors import ConfigError, MissingDependencyError
+
+from .errors import ArtefactError, BuildError, PluginError
+from .files import written_aside
+from .op_schema import INPUT, OUTPUT
+from .passes.tensorrt import plugin_nodes
+
+SIDECAR_SCHEMA = 1
+_WITHOUT = "What works here: `stm-export -o vim.onnx` (portable ONNX, verified on the CPU), `stm plan`, `stm inspect`."
+
+
+@dataclass(frozen=True)
+class BatchProfile:
+    """Batch sizes of an optimisation profile: the least, the one to tune for, the most."""
+
+    min: int = 1
+    opt: int = 8
+    max: int = 128
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise ConfigError(f"batch {self.min}:{self.opt}:{self.max}: give min:opt:max with 1 <= min <= opt <= max")
+
+    @classmethod
+    def parse(cls, text: str) -> BatchProfile:
+        """`8` (fixed), `1:8:128`, or trtexec's `images:1x3x224x224` triple joined by commas is read by `from_shapes`."""
+        parts = text.split(":")
+        if len(parts) not in (1, 3) or not all(part.isdigit() for part in parts):
+            raise ConfigError(f"batch {text!r}: give N or MIN:OPT:MAX, for example 1:8:128")
+        numbers = [int(part) for part in parts]
+        return cls(*(numbers * 3 if len(numbers) == 1 else numbers))
+
+    @classmethod
+    def from_shapes(cls, low: str | None, best: str | None, high: str | None, image_size: tuple[int, int]) -> BatchProfile:
+        """From trtexec's --minShapes, --optShapes, --maxShapes: `images:8x3x224x224`; an absent one follows its neighbour."""
+        if high is None and best is None and low is None:
+            return cls()
+        batches = [None if text is None else _shape_batch(text, image_size) for text in (low, best, high)]
+        known = [batch for batch in batches if batch is not None]
+        least, most = batches[0] or min(known), batches[2] or max(known)
+        return cls(least, batches[1] or most, most)
+
+
+def _shape_batch(text: str, image_size: tuple[int, int]) -> int:
+    name, _, shape = text.rpartition(":")
+    dims = shape.split("x")
+    if name not in ("", INPUT) or len(dims) != 4 or not all(dim.isdigit() for dim in dims):
+        raise ConfigError(f"shape {text!r}: give {INPUT}:Nx3x{image_size[0]}x{image_size[1]}, as trtexec does")
+    if [int(dim) for dim in dims[1:]] != [3, *image_size]:
+        raise ConfigError(f"shape {text!r}: only the batch is dynamic; the rest is 3x{image_size[0]}x{image_size[1]}, fixed at export")
+    return int(dims[0])
+
+
+def default_timing_cache() -> Path:
+    """One timing cache a user, TensorRT version and GPU; XDG_CACHE_HOME is honoured."""
+    trt = require_tensorrt()
+    require_gpu()
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "stm" / f"timing-trt{trt.__version__}-sm{gpu()['sm']}.cache"
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How to build. `workspace_bytes` None leaves it to TensorRT; `max_threads` 0 means all CPUs."""
+
+    batch: BatchProfile = BatchProfile()
+    timing_cache: Path | None = None
+    workspace_bytes: int | None = None
+    opt_level: int = 3
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    embed_plugins: bool = False
+    refit: bool = False
+    tf32: bool = False
+    max_threads: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.opt_level <= 5:
+            raise ConfigError(f"opt level is {self.opt_level}; TensorRT has 0 to 5")
+
+
+@dataclass
+class BuildInfo:
+    """What a build took and gave. `layers` maps each plugin node to the layer that runs it."""
+
+    seconds: float
+    builder_seconds: float
+    cache_hits: bool
+    plugin_layers: list[str]
+    layers: int
+    device_memory_bytes: int
+    messages: list[str] = field(default_factory=list)
+
+
+def require_tensorrt() -> Any:
+    """Import tensorrt.
+
+    Raises:
+        MissingDependencyError: it is not installed, or its library does not load; says what still works.
+    """
+    try:
+        import tensorrt
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"TensorRT's Python package is missing ({error}). Engines need it: pip install tensorrt-cu12, "
+            f"or NVIDIA's tarball or container. {_WITHOUT}"
+        ) from None
+    return tensorrt
+
+
+def require_gpu() -> None:
+    """Check the driver before a Builder is made: without one, TensorRT ends the process instead of raising.
+
+    Raises:
+        MissingDependencyError: no NVIDIA driver or no GPU.
+    """
+    import ctypes
+
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        raise MissingDependencyError(f"no NVIDIA driver here (libcuda.so.1). Engines are built and run on a GPU. {_WITHOUT}") from None
+    count = ctypes.c_int(0)
+    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value < 1:
+        raise MissingDependencyError(f"the NVIDIA driver is here but no GPU. Engines are built and run on one. {_WITHOUT}")
+
+
+def gpu() -> dict[str, str]:
+    """Name and compute capability of the first GPU, through the driver alone."""
+    import ctypes
+
+    cuda = ctypes.CDLL("libcuda.so.1")
+    cuda.cuInit(0)
+    device, name, major, minor = ctypes.c_int(0), ctypes.create_string_buffer(256), ctypes.c_int(), ctypes.c_int()
+    cuda.cuDeviceGet(ctypes.byref(device), 0)
+    cuda.cuDeviceGetName(name, 256, device)
+    cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device)  # COMPUTE_CAPABILITY_MAJOR
+    cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
+    return {"name": name.value.decode(), "sm": f"{major.value}.{minor.value}"}
+
+
+class _Process:
+    """One Builder and one logger for the life of the process: a second Builder beside a living one costs nothing, the
+    first loads gigabytes of kernels."""
+
+    def __init__(self) -> None:
+        trt = require_tensorrt()
+
+        class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+                self.lines: list[str] = []
+
+            def log(self, severity: Any, text: str) -> None:
+                if severity <= trt.ILogger.WARNING:
+                    self.lines.append(f"[{str(severity).rpartition('.')[2]}] {text}")
+
+        self.trt, self.logger = trt, Logger()
+        self._builder: Any = None
+        self._runtime: Any = None
+
+    @property
+    def builder(self) -> Any:
+        if self._builder is None:
+            require_gpu()
+            self._builder = self.trt.Builder(self.logger)
+        return self._builder
+
+    @property
+    def runtime(self) -> Any:
+        if self._runtime is None:
+            require_gpu()
+            self._runtime = self.trt.Runtime(self.logger)
+        return self._runtime
+
+
+_process: _Process | None = None
+
+
+def process() -> _Process:
+    """The TensorRT objects of this process, made on first use."""
+    global _process
+    if _process is None:
+        _process = _Process()
+    return _process
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C during a build cannot raise inside TensorRT: note it, let the monitor stop the build, raise afterwards."""
+    pressed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed.is_set
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed.is_set():
+        raise KeyboardInterrupt
+
+
+def _monitor(trt: Any, show: bool, stopped: Callable[[], bool]) -> Any:
+    """TensorRT's IProgressMonitor as nested tqdm bars on stderr (a terminal only), and as the way to stop a build."""
+    from tqdm import tqdm
+
+    quiet = not show or not sys.stderr.isatty()
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.bars: dict[str, Any] = {}
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            self.bars[name] = tqdm(total=steps, desc=name[:40], leave=False, disable=quiet, position=len(self.bars), file=sys.stderr)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            if name in self.bars:
+                self.bars[name].update(1)
+            return not stopped()
+
+        def phase_finish(self, name: str) -> None:
+            if name in self.bars:
+                self.bars.pop(name).close()
+
+    return Monitor()
+
+
+def build_engine(
+    model: onnx.ModelProto, options: BuildOptions, *, plugin_library: str | Path | None = None, show_progress: bool = False
+) -> tuple[bytes, BuildInfo]:
+    """Build a lowered model (`passes.tensorrt.lower_tensorrt`) into a plan.
+
+    Returns:
+        The serialised engine and what the build took.
+
+    Raises:
+        MissingDependencyError: no TensorRT, GPU or plugin library.
+        PluginError: the parser did not find the plugin, or a node that is ours is run by something else.
+        BuildError: TensorRT refuses; its messages are quoted.
+    """
+    from .libraries import load_plugin
+
+    owner = process()
+    trt = owner.trt
+    require_gpu()
+    library = load_plugin(plugin_library)
+    owner.logger.lines.clear()
+    start = time.perf_counter()
+    builder = owner.builder
+    builder_seconds = time.perf_counter() - start
+    builder.max_threads = options.max_threads or max(1, os.cpu_count() or 1)
+    strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
+    parser = trt.OnnxParser(network, owner.logger)
+    if not parser.parse(model.SerializeToString()):
+        errors = [parser.get_error(i).desc().strip() for i in range(parser.num_errors)]
+        text = "; ".join([*errors, *owner.logger.lines[-4:]])[:1200]
+        if "lugin" in text:
+            raise PluginError(f"TensorRT cannot place our nodes on the plugin {library.path}: {text}")
+        raise BuildError(f"TensorRT cannot parse the lowered model: {text}")
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.builder_optimization_level = options.opt_level
+    if options.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+    if not options.tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.refit:
+        config.set_flag(trt.BuilderFlag.REFIT)
+    if options.embed_plugins:
+        config.plugins_to_serialize = [str(library.path)]
+    cached = options.timing_cache.read_bytes() if options.timing_cache is not None and options.timing_cache.is_file() else b""
+    cache = config.create_timing_cache(cached)
+    if cache is None:
+        raise ArtefactError(f"{options.timing_cache} is not a timing cache of TensorRT {trt.__version__}; delete it or name another file")
+    config.set_timing_cache(cache, False)
+    profile = builder.create_optimization_profile()
+    shape = tuple(network.get_input(0).shape)[1:]
+    batch = options.batch
+    profile.set_shape(network.get_input(0).name, (batch.min, *shape), (batch.opt, *shape), (batch.max, *shape))
+    config.add_optimization_profile(profile)
+    with _interruptible() as stopped:
+        config.progress_monitor = _monitor(trt, show_progress, stopped)
+        start = time.perf_counter()
+        plan = builder.build_serialized_network(network, config)
+        seconds = time.perf_counter() - start
+    if plan is None:
+        raise BuildError(f"TensorRT cannot build the engine: {'; '.join(owner.logger.lines[-6:])[:1500] or 'it gave no reason'}")
+    blob = bytes(plan)
+    if options.timing_cache is not None:
+        with written_aside(options.timing_cache) as aside:
+            aside.write_bytes(bytes(cache.serialize()))
+    layers, memory = _layers_of(owner, blob)
+    expected = plugin_nodes(model)
+    ours = [name for name in expected if any(name == layer["name"] and layer["plugin"] for layer in layers)]
+    if missing := sorted(set(expected) - set(ours)):
+        raise PluginError(
+            f"{len(missing)} of {len(expected)} nodes that are ours are not run by the plugin, first {missing[0]!r}; layers: {len(layers)}"
+        )
+    return blob, BuildInfo(
+        seconds=round(seconds, 2),
+        builder_seconds=round(builder_seconds, 2),
+        cache_hits=bool(cached),
+        plugin_layers=ours,
+        layers=len(layers),
+        device_memory_bytes=memory,
+        messages=[line for line in owner.logger.lines if line.startswith("[ERROR]")],
+    )
+
+
+def _layers_of(owner: _Process, blob: bytes) -> tuple[list[dict[str, Any]], int]:
+    engine = deserialize(owner, blob)
+    return engine_layers(engine, owner.trt), int(getattr(engine, "device_memory_size_v2", engine.device_memory_size))
+
+
+def engine_layers(engine: Any, trt: Any) -> list[dict[str, Any]]:
+    """Layers of an engine: name, type, and whether a plugin of ours runs it. Tolerant of the inspector's versions."""
+    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    found = []
+    for layer in json.loads(text).get("Layers", []):
+        if isinstance(layer, str):
+            found.append({"name": layer, "type": "", "plugin": False})
+            continue
+        kind = str(layer.get("LayerType", ""))
+        found.append(
+            {
+                "name": str(layer.get("Name", "")),
+                "type": kind,
+                "plugin": "plugin" in kind.lower(),
+                "tactic": str(layer.get("TacticValue", layer.get("TacticName", ""))),
+            }
+        )
+    return found
+
+
+def deserialize(owner: _Process, blob: bytes) -> Any:
+    """Raises:
+    ArtefactError: this TensorRT or GPU cannot load the plan; quotes its reason.
+    """
+    owner.logger.lines.clear()
+    engine = owner.runtime.deserialize_cuda_engine(blob)
+    if engine is None:
+        raise ArtefactError(f"TensorRT {owner.trt.__version__} cannot load the engine: {'; '.join(owner.logger.lines[-3:])[:800]}")
+    return engine
+
+
+# --- sidecar ----------------------------------------------------------------------------------------------------------
+
+
+def sidecar_path(engine: Path) -> Path:
+    return engine.with_name(engine.name + ".json")
+
+
+def make_sidecar(model: onnx.ModelProto, blob: bytes, options: BuildOptions, info: BuildInfo, library: Any, precision: str) -> dict[str, Any]:
+    """What belongs to an engine and does not fit into a plain plan file."""
+    meta = {entry.key.removeprefix("stm."): entry.value for entry in model.metadata_props}
+    config = json.loads(meta["config"])
+    return {
+        "schema": SIDECAR_SCHEMA,
+        "kind": "engine",
+        "model": meta["model"],
+        "config": config,
+        "weights": meta["weights"],
+        "weights_random": json.loads(meta["weights_random"]),
+        "weights_sha256": meta["weights_sha256"],
+        "checkpoint_sha256": meta["checkpoint_sha256"],
+        "plan": json.loads(meta["plan"]) if meta["plan"] else None,
+        "seqlen": json.loads(meta["seqlen"]),
+        "tokens_left": int(meta["tokens_left"]),
+        "token_layers_removed": int(meta["token_layers_removed"]),
+        "gflops_paper": float(meta["gflops_paper"]),
+        "gflops_true": float(meta["gflops_true"]),
+        "precision": precision,
+        "image_size": json.loads(meta["image_size"]),
+        "normalization": json.loads(meta["normalization"]),
+        "num_classes": config["num_classes"],
+        "classes": json.loads(meta["classes"]) if meta["classes"] else None,
+        "input": INPUT,
+        "output": OUTPUT,
+        "batch": asdict(options.batch),
+        "tensorrt": process().trt.__version__,
+        "gpu": gpu(),
+        "plugin": {
+            "library": library.path.name,
+            "sha256": library.sha256,
+            "kernel_version": library.kernel_version,
+            "embedded": options.embed_plugins,
+        },
+        "build": {
+            "opt_level": options.opt_level,
+            "version_compatible": options.version_compatible,
+            "hardware_compatible": options.hardware_compatible,
+            "refit": options.refit,
+            **{key: value for key, value in asdict(info).items() if key not in ("plugin_layers", "messages")},
+            "plugin_layers": len(info.plugin_layers),
+        },
+        "engine_bytes": len(blob),
+        "engine_sha256": hashlib.sha256(blob).hexdigest(),
+        "parity": None,
+        "timing": None,
+    }
+
+
+def read_sidecar(engine: Path) -> dict[str, Any]:
+    """Read and check `ENGINE.json`.
+
+    Raises:
+        ArtefactError: it is missing, broken, or of another schema.
+    """
+    path = sidecar_path(engine)
+    try:
+        if path.stat().st_size > 64 * 1024 * 1024:
+            raise ArtefactError(f"{path} has {path.stat().st_size} bytes; a sidecar is small")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtefactError(
+            f"{engine} has no sidecar {path.name} beside it ({error.strerror}); it was not made by stm-export, or moved without it"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ArtefactError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict) or data.get("schema") != SIDECAR_SCHEMA or data.get("kind") != "engine":
+        found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+        raise ArtefactError(f"{path}: schema is {found!r}, this version reads {SIDECAR_SCHEMA}; build the engine again")
+    needed = (
+        "model",
+        "precision",
+        "image_size",
+        "normalization",
+        "num_classes",
+        "tensorrt",
+        "gpu",
+        "engine_sha256",
+        "batch",
+        "weights_sha256",
+        "plan",
+    )
+    if missing := [key for key in needed if key not in data]:
+        raise ArtefactError(f"{path} lacks {', '.join(missing)}; build the engine again")
+    return data
+
+
+def check_fits_machine(engine: Path, sidecar: dict[str, Any], blob: bytes, tensorrt_version: str, device: dict[str, str]) -> None:
+    """Refuse an engine of another file, TensorRT or GPU before TensorRT does so less clearly.
+
+    Raises:
+        ArtefactError: names both values and the mend.
+    """
+    again = "build it here: stm-export"
+    digest = hashlib.sha256(blob).hexdigest()
+    if digest != sidecar["engine_sha256"]:
+        raise ArtefactError(
+            f"{engine} has SHA-256 {digest[:16]}.., its sidecar says {str(sidecar['engine_sha256'])[:16]}..: they do not belong together; {again}"
+        )
+    build = sidecar.get("build") or {}
+    if sidecar["tensorrt"] != tensorrt_version and not build.get("version_compatible"):
+        raise ArtefactError(
+            f"{engine} was built by TensorRT {sidecar['tensorrt']}, this is {tensorrt_version}; {again}, or with --version-compatible there"
+        )
+    if sidecar["gpu"]["sm"] != device["sm"] and not build.get("hardware_compatible"):
+        raise ArtefactError(
+            f"{engine} was built on {sidecar['gpu']['name']} (sm {sidecar['gpu']['sm']}), this is {device['name']} (sm {device['sm']}); "
+            f"{again}, or with --hardware-compatible there"
+        )
+
+
+def load_engine(engine: str | Path, plugin_library: str | Path | None = None) -> tuple[Any, dict[str, Any]]:
+    """Load an engine made by us, its sidecar checked and the plugin in place.
+
+    Returns:
+        The ICudaEngine and the sidecar.
+
+    Raises:
+        ArtefactError: file, GPU or TensorRT do not fit; names both values.
+        MissingDependencyError: no TensorRT, GPU or plugin library.
+    """
+    path = Path(engine)
+    if not path.is_file():
+        raise ArtefactError(f"no engine {path}")
+    sidecar = read_sidecar(path)
+    owner = process()
+    require_gpu()
+    blob = path.read_bytes()
+    check_fits_machine(path, sidecar, blob, owner.trt.__version__, gpu())
+    build = sidecar.get("build") or {}
+    if build.get("version_compatible"):
+        owner.runtime.engine_host_code_allowed = True
+    if not (sidecar.get("plugin") or {}).get("embedded"):
+        from .libraries import load_plugin
+
+        load_plugin(plugin_library)
+    return deserialize(owner, blob), sidecar

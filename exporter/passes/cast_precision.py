@@ -1,0 +1,94 @@
+"""Write the precision into the graph: TensorRT networks are strongly typed.
+
+Before: a float32 graph of fused ops. After, for fp16 and bf16: GEMMs, patch embedding and the plugins' activations are in
+that type; the residual stream, norm weights, A, D, biases of conv and delta, the merge weights and the scan's state stay in
+float32 (facts: they are what breaks in half precision). Input `images` and output `logits` stay float32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from ..errors import ExportError
+from ..op_schema import OPS
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+_TRANSPARENT = ("Reshape", "Transpose", "Slice", "Gather")  # move values, whatever their type
+_ONNX_TYPE = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
+
+
+def _half_constant(tensor: gs.Constant, precision: str) -> gs.Constant:
+    """A constant in half precision; bf16 is rounded to nearest even, as numpy has no such type."""
+    values = np.asarray(tensor.values, dtype=np.float32)
+    if precision == "fp16":
+        top = float(np.abs(values).max(initial=0.0))
+        if top > 65504:
+            raise ExportError(f"fp16: weight {tensor.name!r} reaches {top:.3g}, beyond 65504; use --precision bf16 or fp32")
+        return gs.Constant(tensor.name + "_fp16", values.astype(np.float16))
+    bits = values.view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    proto = onnx.TensorProto(name=tensor.name + "_bf16", data_type=onnx.TensorProto.BFLOAT16, dims=values.shape, raw_data=rounded.tobytes())
+    return gs.Constant(proto.name, gs.ir.tensor.LazyValues(proto))
+
+
+def cast_precision(graph: gs.Graph, precision: str) -> gs.Graph:
+    """Set types in place; fp32 changes nothing.
+
+    Raises:
+        ExportError: an unknown precision, or a weight that does not fit it.
+    """
+    if precision not in PRECISIONS:
+        raise ExportError(f"precision is {precision!r}; choose from {', '.join(PRECISIONS)}")
+    if precision == "fp32":
+        return graph
+    half = _ONNX_TYPE[precision]
+    dtype: object = np.float16 if precision == "fp16" else onnx.TensorProto.BFLOAT16
+    halves: dict[str, gs.Constant] = {}
+    casts: dict[str, gs.Tensor] = {}
+    in_half: set[str] = set()  # tensors whose producer now makes half
+
+    def cast(tensor: gs.Tensor, to: int, suffix: str) -> gs.Tensor:
+        name = f"{tensor.name}.{suffix}"
+        if name not in casts:
+            out = gs.Variable(name, dtype if to == half else np.float32, tensor.shape)
+            graph.nodes.append(gs.Node("Cast", f"{name}/Cast", {"to": to}, [tensor], [out]))
+            casts[name] = out
+        return casts[name]
+
+    def to_half(tensor: gs.Tensor) -> gs.Tensor:
+        if isinstance(tensor, gs.Constant):
+            if tensor.name not in halves:
+                halves[tensor.name] = _half_constant(tensor, precision)
+            return halves[tensor.name]
+        return tensor if tensor.name in in_half else cast(tensor, half, precision)
+
+    for node in list(graph.nodes):  # in topological order
+        spec = OPS.get(node.op)
+        if spec is not None:
+            for index, operand in enumerate(spec.inputs[: len(node.inputs)]):
+                if operand.type == "T":
+                    node.inputs[index] = to_half(node.inputs[index])
+            made = [out for out, operand in zip(node.outputs, spec.outputs, strict=False) if operand.type == "T"]
+        elif node.op in ("MatMul", "Gemm", "Conv"):
+            for index in range(len(node.inputs)):
+                node.inputs[index] = to_half(node.inputs[index])
+            made = list(node.outputs)
+        elif node.op in _TRANSPARENT and node.inputs[0].name in in_half:
+            made = list(node.outputs)
+        else:
+            floats = [i for i, tensor in enumerate(node.inputs) if tensor.name in in_half]
+            for index in floats:
+                node.inputs[index] = cast(node.inputs[index], onnx.TensorProto.FLOAT, "fp32")
+            made = []
+        for out in made:
+            if any(out is output for output in graph.outputs):
+                inner = gs.Variable(f"{out.name}.{precision}", dtype, out.shape)
+                node.outputs[node.outputs.index(out)] = inner
+                graph.nodes.append(gs.Node("Cast", f"{out.name}/Cast", {"to": onnx.TensorProto.FLOAT}, [inner], [out]))
+            else:
+                out.dtype = dtype
+                in_half.add(out.name)
+    graph.cleanup().toposort()
+    return graph

@@ -1,0 +1,59 @@
+"""The `tensorrt` lowering: a portable model -> one whose mixers, merges and norms are nodes of our plugin.
+
+detach_bodies, fuse_mixer, fuse_add_norm, cast_precision, then a check: what should be ours is ours, nothing else is.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from ..errors import ExportError
+from ..op_schema import DOMAIN, OPS
+from .cast_precision import cast_precision
+from .detach_bodies import detach_bodies
+from .fuse_add_norm import fuse_add_norm
+from .fuse_mixer import fuse_mixer
+
+
+def lower_tensorrt(model: onnx.ModelProto, precision: str = "fp32") -> onnx.ModelProto:
+    """Lower a portable model (unchanged) for TensorRT at fp32, fp16 or bf16.
+
+    Raises:
+        ExportError: the model is not a portable ViM export; says what differs and where.
+    """
+    graph = gs.import_onnx(model)
+    for step in (detach_bodies, fuse_mixer, fuse_add_norm):
+        graph = step(graph)
+    graph = cast_precision(graph, precision)
+    check_lowered(graph)
+    # Reading types and shapes back from the portable graph would contradict what changed: TensorRT infers its own.
+    lowered = gs.export_onnx(graph)
+    del lowered.graph.value_info[:]
+    lowered.ir_version = model.ir_version
+    lowered.producer_name, lowered.producer_version = model.producer_name, model.producer_version
+    del lowered.metadata_props[:]
+    for entry in model.metadata_props:
+        lowered.metadata_props.add(key=entry.key, value=precision if entry.key == "stm.precision" else entry.value)
+    return lowered
+
+
+def plugin_nodes(model: onnx.ModelProto) -> list[str]:
+    """Names of the nodes that the plugin must take."""
+    return [node.name for node in model.graph.node if node.domain == DOMAIN]
+
+
+def check_lowered(graph: gs.Graph) -> None:
+    """Raises:
+    ExportError: a function is left, a node of ours is no fused op, or the counts of the three ops do not agree.
+    """
+    if graph.functions:
+        raise ExportError(f"tensorrt: functions {[f.name for f in graph.functions]} are left; TensorRT would prefer them to the plugin")
+    counts: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.domain == DOMAIN or node.op.startswith("Stm"):
+            if node.op not in OPS or not OPS[node.op].fused:
+                raise ExportError(f"tensorrt: node {node.name!r} is {node.op}, which the plugin does not have")
+            counts[node.op] = counts.get(node.op, 0) + 1
+    if len(counts) != 3 or len(set(counts.values())) != 1:
+        raise ExportError(f"tensorrt: {counts}; a ViM has as many StmConvXProj as StmMambaScan and StmAddMergeNorm, one a layer")
