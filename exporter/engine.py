@@ -338,7 +338,7 @@ def build_engine(
 
 def _layers_of(owner: _Process, blob: bytes) -> tuple[list[dict[str, Any]], int]:
     engine = deserialize(owner, blob)
-    return engine_layers(engine, owner.trt), int(getattr(engine, "device_memory_size_v2", engine.device_memory_size))
+    return engine_layers(engine, owner.trt), int(engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size)
 
 
 def engine_layers(engine: Any, trt: Any) -> list[dict[str, Any]]:

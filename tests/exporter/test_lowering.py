@@ -1,0 +1,191 @@
+"""The `tensorrt` lowering: the same function, on our nodes only. Numbers come from onnx's reference evaluator."""
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+import torch
+
+import stm
+from exporter.errors import ExportError
+from exporter.onnx_export import export_onnx
+from exporter.op_schema import FUSED_OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION
+from exporter.passes.cast_precision import cast_precision
+from exporter.passes.detach_bodies import detach_bodies
+from exporter.passes.fuse_add_norm import fuse_add_norm
+from exporter.passes.fuse_mixer import fuse_mixer
+from exporter.passes.tensorrt import check_lowered, lower_tensorrt, plugin_nodes
+from exporter.passes.tensorrt_common import plugin_node
+
+from .fused_ops import run_lowered
+
+CONFIG = stm.VimConfig("tiny", d_model=32, depth=4, image_size=(96, 80), num_classes=11)  # 30 patches, class token at 15
+PLANS = {
+    "none": None,
+    "edge": {"rate": 0.3},
+    "edge one side odd": {"schedule": {1: (2, 1), 3: (0, 3)}},
+    "frontier": {"rate": 0.3, "rule": "frontier"},
+    "spread": {"rate": 0.3, "rule": "spread"},
+    "one_sided": {"rate": 0.3, "rule": "one_sided"},
+    "decay": {"rate": 0.3, "weights": "decay"},
+    "hsp_literal": {"rate": 0.3, "weights": "hsp_literal"},
+    "sum": {"rate": 0.3, "weights": "sum"},
+    "mean": {"rate": 0.3, "weights": "mean"},
+    "proportional decay": {"rate": 0.3, "proportional_decay": True},
+}
+
+
+def make(plan_options=None):
+    plan = stm.make_plan(CONFIG, **plan_options) if plan_options else None
+    model = stm.VisionMamba(CONFIG, plan).eval()
+    model.init_weights(3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def portable():
+    cache = {}
+
+    def get(name):
+        if name not in cache:
+            model = make(PLANS[name])
+            cache[name] = (model, export_onnx(model))
+        return cache[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_lowered_graph_computes_the_same(portable, name):
+    model, proto = portable(name)
+    before = proto.SerializeToString()
+    lowered = lower_tensorrt(proto)
+    assert proto.SerializeToString() == before, "the portable model was changed"
+    images = torch.randn(3, 3, 96, 80, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        want = model.double()(images.double()).float().numpy()
+    model.float()
+    got = run_lowered(lowered, images.numpy())
+    assert np.abs(got - want).max() <= 2e-5 * want.std()
+
+
+def test_rules_of_the_merge_become_edge_or_table(portable):
+    for names, rule in ((("edge", "edge one side odd", "one_sided", "sum"), "edge"), (("frontier", "mean"), "table")):
+        for name in names:
+            nodes = [node for node in lower_tensorrt(portable(name)[1]).graph.node if node.op_type == "StmAddMergeNorm"]
+            rules = {onnx.helper.get_node_attr_value(node, "merge").decode() for node in nodes}
+            assert rules == {"none", rule}, name
+
+
+def test_every_node_of_ours_is_a_fused_op_with_the_plugin_key(portable):
+    lowered = lower_tensorrt(portable("edge")[1], "fp16")
+    fused = {op.name: op for op in FUSED_OPS}
+    ours = [node for node in lowered.graph.node if node.op_type.startswith("Stm")]
+    assert len(ours) == len(plugin_nodes(lowered)) == 3 * CONFIG.depth
+    assert not lowered.functions
+    for node in ours:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert attributes.pop("plugin_version") == PLUGIN_VERSION.encode()
+        assert attributes.pop("plugin_namespace") == PLUGIN_NAMESPACE.encode()
+        assert set(attributes) == {a.name for a in fused[node.op_type].attributes}
+    assert len({node.name for node in ours}) == len(ours)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_precision_lies_where_the_table_says(portable, precision):
+    """Activations and GEMM weights in half; residual, norms, A, D, biases, conv weights and merge weights in float32."""
+    lowered = lower_tensorrt(portable("edge")[1], precision)
+    half = onnx.TensorProto.FLOAT16 if precision == "fp16" else onnx.TensorProto.BFLOAT16
+    types = {i.name: i.data_type for i in lowered.graph.initializer}
+    specs = {op.name: op for op in FUSED_OPS}
+    seen = 0
+    for node in lowered.graph.node:
+        if node.op_type in specs:
+            for name, operand in zip(node.input, specs[node.op_type].inputs, strict=False):
+                if name in types and operand.type in ("T", "float"):
+                    assert types[name] == (half if operand.type == "T" else onnx.TensorProto.FLOAT), (node.name, name)
+                    seen += 1
+        if node.op_type in ("MatMul", "Gemm", "Conv"):
+            assert types[node.input[1]] == half
+    assert seen > 20
+    (out,) = lowered.graph.output
+    (images,) = lowered.graph.input
+    assert {out.type.tensor_type.elem_type, images.type.tensor_type.elem_type} == {onnx.TensorProto.FLOAT}
+
+
+def test_bf16_rounds_to_nearest_even(portable):
+    lowered = lower_tensorrt(portable("none")[1], "bf16")
+    model = portable("none")[0]
+    found = next(i for i in lowered.graph.initializer if i.name == "layers.1.mixer.in_proj.weight_t_bf16")
+    got = torch.frombuffer(bytearray(found.raw_data), dtype=torch.bfloat16).reshape(tuple(found.dims))
+    torch.testing.assert_close(got, model.layers[1].mixer.in_proj.weight.detach().T.bfloat16(), rtol=0, atol=0)
+
+
+def test_fp16_refuses_a_weight_beyond_its_range(portable):
+    graph = gs.import_onnx(portable("none")[1])
+    for step in (detach_bodies, fuse_mixer, fuse_add_norm):
+        graph = step(graph)
+    matmul = next(node for node in graph.nodes if node.op == "MatMul")
+    matmul.inputs[1].values = matmul.inputs[1].values * np.float32(1e8)
+    with pytest.raises(ExportError, match="beyond 65504"):
+        cast_precision(graph, "fp16")
+
+
+def broken(portable, edit):
+    graph = gs.import_onnx(portable("edge")[1])
+    edit(graph)
+    return gs.export_onnx(graph)
+
+
+def first(graph, op):
+    return next(node for node in graph.nodes if node.op == op)
+
+
+def swap_b_and_c(graph):
+    scan = first(graph, "StmSelectiveScanFwd")
+    scan.inputs[3], scan.inputs[4] = scan.inputs[4], scan.inputs[3]
+
+
+def change_span(graph):
+    node = first(graph, "StmMergeWeightsHsp")
+    node.inputs[4].values = node.inputs[4].values * 2
+
+
+def change_half(graph):
+    for node in graph.nodes:
+        for tensor in node.inputs:
+            if node.op == "Mul" and isinstance(tensor, gs.Constant) and tensor.values.size == 1 and float(tensor.values) == 0.5:
+                tensor.values = tensor.values * np.float32(2)
+
+
+def drop_scans(graph):
+    graph.nodes = [node for node in graph.nodes if not node.op.startswith("StmSelectiveScan")]
+
+
+BREAKS = {
+    "B and C swapped": (swap_b_and_c, "not split into dt, B, C"),
+    "another span": (change_span, "span of tokens"),
+    "no halving": (change_half, "silu"),
+    "no scan": (drop_scans, "no StmSelectiveScanFwd"),
+}
+
+
+@pytest.mark.parametrize(("edit", "message"), BREAKS.values(), ids=BREAKS)
+def test_a_graph_that_means_something_else_is_refused(portable, edit, message):
+    with pytest.raises(ExportError, match=message):
+        lower_tensorrt(broken(portable, edit))
+
+
+def test_a_portable_node_left_is_an_error(portable):
+    graph = gs.import_onnx(portable("edge")[1])
+    with pytest.raises(ExportError, match="functions"):
+        check_lowered(graph)
+    with pytest.raises(ExportError, match="which the plugin does not have"):
+        check_lowered(detach_bodies(graph))
+
+
+def test_plugin_nodes_refuse_what_the_parser_would_drop():
+    with pytest.raises(ExportError, match="no attribute"):
+        plugin_node("StmMambaScan", "n", [], [], typo=1)
+    with pytest.raises(ExportError, match="32 bits"):
+        plugin_node("StmMambaScan", "n", [], [], cls_index=1 << 40)
