@@ -376,10 +376,10 @@ def main(argv: Sequence[str] | None = None, verb: str | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    try:
+        print(json.dumps(answer) if args.json else "\n".join(lines), flush=True)
+    except BrokenPipeError:  # `stm inspect x | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    print(json.dumps(answer) if args.json else "\n".join(lines))
     return int(answer["exit_code"])
 
 

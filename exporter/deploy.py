@@ -75,8 +75,10 @@ def choose_plan(
         loaded = resolve_plan(config, plan)
         assert loaded is not None
         made = loaded.with_weights(merge_weights) if merge_weights else loaded
+    elif not rate:
+        return None
     else:
-        made = make_plan(config, rate=rate or 0.0, weights=merge_weights or "hsp", rule=rule or "edge", proportional_decay=proportional_decay)
+        made = make_plan(config, rate=rate, weights=merge_weights or "hsp", rule=rule or "edge", proportional_decay=proportional_decay)
     return made if made.merges else None
 
 

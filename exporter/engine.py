@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -338,14 +339,21 @@ def build_engine(
 
 def _layers_of(owner: _Process, blob: bytes) -> tuple[list[dict[str, Any]], int]:
     engine = deserialize(owner, blob)
-    return engine_layers(engine, owner.trt), int(engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size)
+    return engine_layers(engine, owner.trt), int(
+        engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size
+    )
 
 
 def engine_layers(engine: Any, trt: Any) -> list[dict[str, Any]]:
     """Layers of an engine: name, type, and whether a plugin of ours runs it. Tolerant of the inspector's versions."""
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    try:
+        layers = json.loads(text).get("Layers", [])
+    except json.JSONDecodeError:  # another library's plugin metadata is pasted in unescaped
+        pairs = re.findall(r'^ *"Name": "([^"\n]*)",\n *"LayerType": "([^"\n]*)"', text, re.MULTILINE)
+        layers = [{"Name": name, "LayerType": kind} for name, kind in pairs]
     found = []
-    for layer in json.loads(text).get("Layers", []):
+    for layer in layers:
         if isinstance(layer, str):
             found.append({"name": layer, "type": "", "plugin": False})
             continue
@@ -392,6 +400,7 @@ def make_sidecar(model: onnx.ModelProto, blob: bytes, options: BuildOptions, inf
         "weights_random": json.loads(meta["weights_random"]),
         "weights_sha256": meta["weights_sha256"],
         "checkpoint_sha256": meta["checkpoint_sha256"],
+        "pos_embed_resize": meta["pos_embed_resize"],
         "plan": json.loads(meta["plan"]) if meta["plan"] else None,
         "seqlen": json.loads(meta["seqlen"]),
         "tokens_left": int(meta["tokens_left"]),

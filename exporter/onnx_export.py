@@ -21,6 +21,7 @@ from stm import VisionMamba, __version__, plan_summary, state_dict_sha256
 from .errors import ExportError
 from .images import CROP_RATIO, imagenet_classes
 from .op_schema import DOMAIN, DOMAIN_VERSION, INPUT, OPS, OUTPUT, WEIGHT_OPS, conv_op_name, scan_op_name
+from .passes.fold_weights import fold_weights
 from .passes.name_tensors import name_tensors
 from .passes.portable import portable
 from .passes.strip_metadata import strip_metadata
@@ -115,8 +116,8 @@ def trace(module: torch.nn.Module, example: torch.Tensor, *, opset: int = 18, in
 
 
 def lower_portable(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Name, strip, attach bodies: a traced model -> one that any ONNX runtime runs."""
-    model = strip_metadata(name_tensors(model))
+    """Fold, name, strip, attach bodies: a traced model -> one that any ONNX runtime runs."""
+    model = strip_metadata(name_tensors(fold_weights(model)))
     graph = portable(gs.import_onnx(model))
     graph.cleanup().toposort()
     graph.ir_version = IR_VERSION
@@ -144,6 +145,7 @@ def metadata(model: VisionMamba, precision: str, classes: list[str] | None = Non
         "stm.weights": str(provenance) if provenance else "unknown",
         "stm.weights_random": json.dumps(bool(provenance and provenance.is_random)),
         "stm.checkpoint_sha256": provenance.sha256 if provenance and not provenance.is_random else "",
+        "stm.pos_embed_resize": provenance.pos_embed_resize if provenance else "correct",
         "stm.weights_sha256": state_dict_sha256(model.state_dict()),
         "stm.plan": json.dumps(model.plan.to_dict()) if model.plan is not None else "",
         "stm.seqlen": json.dumps(summary["seqlen"]),
@@ -164,6 +166,8 @@ def export_onnx(model: VisionMamba, *, opset: int = 18, classes: list[str] | Non
     Raises:
         ExportError: torch cannot export it, or the result breaks a promise of `check_portable`.
     """
+    if model.config.d_conv != 4:
+        raise ExportError(f"{model.config.name!r} has d_conv = {model.config.d_conv}; our convolution ops have 4 taps")
     height, width = model.config.image_size
     lowered = lower_portable(trace(model, torch.zeros(2, 3, height, width), opset=opset))
     lowered.graph.name = model.config.name

@@ -15,7 +15,7 @@ class Tolerance:
     cosine: float
     top1: float
     top5: float
-    tensor_error: float  # for bisection: a tensor inside the network, in units of its own spread
+    tensor_error: float  # for bisection: a tensor inside the network, in units of its root mean square
     reason: str
 
 

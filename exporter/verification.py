@@ -40,6 +40,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
             "image_size": json.loads(meta["image_size"]),
             "num_classes": json.loads(meta["config"])["num_classes"],
             "plan": json.loads(meta["plan"]) if meta["plan"] else None,
+            "pos_embed_resize": meta.get("pos_embed_resize", "correct"),
         }
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ArtefactError(f"{path}: its stm metadata is damaged ({error}); export it again") from None
@@ -99,6 +100,7 @@ def verify_file(
         num_classes=meta["num_classes"],
         seed=int(meta["weights"].partition("(seed ")[2].partition(")")[0] or 0) if random else 0,
         ema=ema,
+        pos_embed_resize=meta.get("pos_embed_resize", "correct"),
     )
     found = state_dict_sha256(model.state_dict())
     if found != meta["weights_sha256"]:

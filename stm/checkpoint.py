@@ -44,6 +44,7 @@ class Provenance:
     source: str
     sha256: str
     seed: int | None = None
+    pos_embed_resize: str = "correct"
 
     @property
     def is_random(self) -> bool:

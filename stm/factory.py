@@ -61,7 +61,7 @@ def create_model(
         loaded = load_checkpoint(checkpoint, ema)
         state = fit_state_dict(model, config, loaded.state_dict, str(loaded.path), pos_embed_resize)
         model.load_state_dict({key: value.float().clone() for key, value in state.items()}, strict=True, assign=True)
-        provenance = Provenance(kind, f"{loaded.path.name} ({loaded.source})", loaded.sha256)
+        provenance = Provenance(kind, f"{loaded.path.name} ({loaded.source})", loaded.sha256, pos_embed_resize=pos_embed_resize)
         for parameter in model.parameters():
             parameter.requires_grad_(True)
     else:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .ops import merge_tokens, merge_weights
 from .plan import MergePlan
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,20 @@ def merge_table(plan: MergePlan, layer: int) -> tuple[list[tuple[int, int]], lis
     return pairs, None
 
 
-class _SideWeights(nn.Module):
+class Float32Buffers(nn.Module):
+    """Keeps its float buffers in float32 when the model goes to half precision: they hold plan constants and sizes."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None and buffer.is_floating_point()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            now = self._buffers[name]
+            if now is not None and now.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = buffer.to(now.device)
+        return self
+
+
+class _SideWeights(Float32Buffers):
     """Weights of one side's sources from that side's scan direction; looks only at the tokens between them."""
 
     span: Tensor
@@ -74,7 +92,7 @@ class _SideWeights(nn.Module):
         return weights
 
 
-class MergeLayer(nn.Module):
+class MergeLayer(Float32Buffers):
     """The merge before one layer of a plan.
 
     The left side's weights come from the forward scan of the layer before, the right side's from its backward scan.

@@ -7,6 +7,7 @@ l >= 1, on the residual stream: x_q <- x_q + sum_p w_p x_p, then the sources van
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -116,6 +117,7 @@ class MergePlan:
         """For each layer, the original positions that each of its tokens stands for."""
         tokens = [[position] for position in range(self.seqlen)]
         for layer in range(self.depth):
+            tokens = list(tokens)  # what was yielded stays as it is
             for source, target in self.pairs(layer):
                 tokens[target] = tokens[target] + tokens[source]
             gone = {source for source, _ in self.pairs(layer)}
@@ -172,7 +174,7 @@ class MergePlan:
         """
         if not isinstance(data, dict):
             raise PlanError(f"a plan is a JSON object, this is {type(data).__name__}")
-        if data.get("schema") != SCHEMA:
+        if type(data.get("schema")) is not int or data["schema"] != SCHEMA:
             raise PlanError(f"plan schema is {data.get('schema')!r}, this version reads {SCHEMA}; make the plan anew: `stm plan`")
         required = {"schema", "model", "image_size", "seqlen", "cls_index", "weights", "layers"}
         allowed = required | {"depth", "proportional_decay", "constants"}
@@ -208,16 +210,27 @@ class MergePlan:
     @classmethod
     def from_json(cls, text: str) -> MergePlan:
         try:
-            return cls.from_dict(json.loads(text))
-        except (json.JSONDecodeError, RecursionError) as error:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of thousands of digits
             raise PlanError(f"plan is not JSON: {error}") from None
+        return cls.from_dict(data)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan; an existing file is replaced only when the new one is whole."""
+        """Write the plan; an existing file is replaced only when the new one is whole.
+
+        Raises:
+            PlanError: the file cannot be written.
+        """
         path = Path(path)
         aside = path.with_name(path.name + ".part")
-        aside.write_text(self.to_json(), encoding="utf-8")
-        os.replace(aside, path)
+        try:
+            aside.write_text(self.to_json(), encoding="utf-8")
+            os.replace(aside, path)
+        except OSError as error:
+            raise PlanError(f"cannot write plan {path}: {error.strerror or error}") from None
+        finally:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MergePlan:
@@ -272,8 +285,8 @@ def _as_int(value: Any, where: str) -> int:
 
 
 def _as_float(value: Any, where: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise PlanError(f"plan constants of layer {where}: {value!r} is not a finite number")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not -1e30 < value < 1e30:
+        raise PlanError(f"plan constants of layer {where}: {str(value)[:40]} is not a number of a sane size")
     return float(value)
 
 
@@ -290,7 +303,7 @@ def _as_dict(value: Any, where: str) -> dict[str, Any]:
 
 
 def _layer_number(key: str) -> int:
-    if not (key.isascii() and key.isdigit() and str(int(key)) == key and len(key) <= 6):
+    if not (len(key) <= 6 and key.isascii() and key.isdigit() and str(int(key)) == key):
         raise PlanError(f"plan layers: {key!r} is not a layer number")
     return int(key)
 
@@ -466,6 +479,8 @@ def make_plan(
     if preset is not None and preset not in PRESETS:
         raise PlanError(f"no plan preset {preset!r}; choose from {', '.join(PRESETS)}, or give a plan file")
     one_sided = rule == "one_sided"
+    if one_sided and schedule is not None and any(right for _, right in schedule.values()):
+        raise PlanError("rule 'one_sided' merges on the left only; its schedule has counts on the right: use rule 'edge'")
     if schedule is None:
         if preset is not None:
             schedule = preset_schedule(config, preset, one_sided=one_sided)

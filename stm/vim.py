@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .checkpoint import Provenance
 from .config import VimConfig
 from .errors import ShapeError
-from .merging import DirectionState, MergeLayer
+from .merging import DirectionState, Float32Buffers, MergeLayer
 from .ops import causal_conv_silu, rms_norm
 from .plan import MergePlan
 from .scan import selective_scan
@@ -138,7 +138,7 @@ class Mixer(nn.Module):
         return MixerOutput(self.out_proj(gated), forward_state, backward_state)
 
 
-class Block(nn.Module):
+class Block(Float32Buffers):
     """Norm and mixer of one layer, and the merge before it if the plan has one."""
 
     decay_scale: Tensor | None

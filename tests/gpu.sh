@@ -35,6 +35,9 @@ case " $parts " in *" sanitizers "*)
   done ;;
 esac
 case " $parts " in *" engines "*)
+  step export python3 -m exporter export --model vim-t --weights random --rate 0.2 --batch 1:8:64 -o "$out/sample/vim.engine"
+  export STM_GPU_ENGINE=$out/sample/vim.engine STM_GPU_REFERENCE=$out/sample/vim.reference
+  step doctor python3 -m exporter doctor --require-gpu
   step engines python3 -m pytest tests/gpu tests/samples -m gpu -q -p no:cacheprovider "$@"
   tail -3 "$out/engines.log" ;;
 esac

@@ -137,9 +137,9 @@ size_t print_attributes(const AttributeTable& table, const AttributeValues& valu
   for (int32_t s = 0; s < table.count; ++s) {
     const AttributeSpec& spec = table.specs[s];
     switch (spec.type) {
-      case AttributeType::kInt: text.add(", \"%s\": %d", spec.name, values.i(s)); break;
-      case AttributeType::kFloat: text.add(", \"%s\": %.9g", spec.name, double(values.f(s))); break;
-      case AttributeType::kChoice: text.add(", \"%s\": \"%s\"", spec.name, spec.choices[values.i(s)]); break;
+      case AttributeType::kInt: text.add(" %s=%d", spec.name, values.i(s)); break;
+      case AttributeType::kFloat: text.add(" %s=%.9g", spec.name, double(values.f(s))); break;
+      case AttributeType::kChoice: text.add(" %s=%s", spec.name, spec.choices[values.i(s)]); break;
     }
   }
   return text.length();

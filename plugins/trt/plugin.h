@@ -170,12 +170,11 @@ class Plugin final : public nvinfer1::IPluginV3,
     return cache_id_;
   }
 
-  const char* getMetadataString() noexcept override {  // shown by the engine inspector
+  // Shown by the engine inspector, which pastes it into its JSON unescaped (10.6): no quotes, no braces.
+  const char* getMetadataString() noexcept override {
     Text text(metadata_, sizeof metadata_);
-    text.add("{\"op\": \"%s\", \"kernels\": %d", Op::kName, kKernelVersion);
-    size_t length = text.length();
-    length += print_attributes(Op::attributes(), values_, metadata_ + length, sizeof metadata_ - length);
-    Text(metadata_ + length, sizeof metadata_ - length).add("}");
+    text.add("%s kernels=%d", Op::kName, kKernelVersion);
+    print_attributes(Op::attributes(), values_, metadata_ + text.length(), sizeof metadata_ - text.length());
     return metadata_;
   }
 

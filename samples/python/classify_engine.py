@@ -126,7 +126,9 @@ class Engine:
         if not (fits and self.batches[0] <= batch <= self.batches[2]):
             raise SampleError(f"images have shape {tuple(images.shape)}, the engine takes ({self.batches[0]}..{self.batches[2]}, 3, {self.size})", 2)
         if images.dtype != torch.float32 or not images.is_cuda or not images.is_contiguous():
-            raise SampleError(f"images are {images.dtype} on {images.device}; the engine takes contiguous float32 on the GPU", 2)
+            raise SampleError(
+                f"images are {images.dtype} on {images.device}, strides {images.stride()}; the engine takes contiguous float32 on the GPU", 2
+            )
         if not self._use_graph:
             logits = images.new_empty((batch, self.num_classes))
             self._bind(images, logits)

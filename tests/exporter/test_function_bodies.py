@@ -23,10 +23,11 @@ def model_of(spec: OpSpec, opset: int) -> onnx.ModelProto:
     """One node of the op with its body, every axis symbolic."""
 
     def values(operands: tuple) -> list[onnx.ValueInfoProto]:  # type: ignore[type-arg]
-        ranks = [len([axis for axis in operand.axes.split(",") if axis.strip()]) for operand in operands]
-        return [
-            helper.make_tensor_value_info(o.name, KINDS[o.type], [f"{o.name}{i}" for i in range(r)]) for o, r in zip(operands, ranks, strict=True)
-        ]
+        made = []
+        for operand in operands:
+            rank = len([axis for axis in operand.axes.split(",") if axis.strip()])
+            made.append(helper.make_tensor_value_info(operand.name, KINDS[operand.type], [f"{operand.name}{axis}" for axis in range(rank)]))
+        return made
 
     node = helper.make_node(spec.name, [o.name for o in spec.inputs], [o.name for o in spec.outputs], domain=DOMAIN)
     graph = helper.make_graph([node], "one", values(spec.inputs), values(spec.outputs))

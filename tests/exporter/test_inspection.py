@@ -74,7 +74,7 @@ def test_errors(tmp_path: Path) -> None:
         ("bad.json", PlanError, "not JSON"),
         ("bad.pth", CheckpointError, "cannot read|executed"),
         ("bad.safetensors", CheckpointError, "cannot read"),
-        ("bad.txt", ConfigError, r"reads \.onnx, \.json"),
+        ("bad.txt", ConfigError, r"inspect reads \.onnx"),
     ):
         (tmp_path / name).write_bytes(b"\x08\x01 no such thing")
         with pytest.raises(kind, match=wanted):

@@ -156,7 +156,7 @@ if HEADERS:
         major, folder, _ = plugins
         library = ctypes.CDLL(str(folder / "lib" / f"libstm_trt{major}.so"))
         library.stm_plugin_op_schema.restype = ctypes.c_char_p
-        assert {op["name"] for op in json.loads(library.stm_plugin_op_schema())["ops"]} == set(libraries.CREATORS)
+        assert {op["op"] for op in json.loads(library.stm_plugin_op_schema())["ops"]} == set(libraries.CREATORS)
 
     def test_life_cycle(plugins):
         """Register, create, serialise, clone, through TensorRT's own registry; built in any case."""

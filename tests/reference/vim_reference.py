@@ -93,9 +93,7 @@ def causal_conv(x: Array, weight: Array, bias: Array | None) -> Array:
     return out if bias is None else out + bias[None, :, None]
 
 
-def scan_direction(
-    params: Mapping[str, Array], mixer: str, x: Array, z: Array, backward: bool, trap: str | None
-) -> Array:
+def scan_direction(params: Mapping[str, Array], mixer: str, x: Array, z: Array, backward: bool, trap: str | None) -> Array:
     """One direction on x, z (batch, E, L), already in the order this direction reads."""
 
     def get(stem: str, suffix: str, mixed_by: str) -> Array:
@@ -154,9 +152,7 @@ def scan_direction(
     return y
 
 
-def mix(
-    params: Mapping[str, Array], mixer: str, hidden: Array, trap: str | None, cls: int
-) -> Array:
+def mix(params: Mapping[str, Array], mixer: str, hidden: Array, trap: str | None, cls: int) -> Array:
     """The bidirectional mixer: (batch, L, d_model) to (batch, L, d_model)."""
     xz = np.einsum("ed,bld->bel", params[mixer + "in_proj.weight"], hidden)
     x, z = np.split(xz, 2, axis=1)

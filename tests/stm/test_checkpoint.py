@@ -417,10 +417,7 @@ def test_pos_embed_is_interpolated(tmp_path, state, name, size, grid, way):
 def test_correct_is_the_default(tmp_path, state):
     path = save(tmp_path / "vim.pth", official(state))
     default = stm.create_model("vim-t", checkpoint=path, image_size=256).pos_embed
-    named = {
-        way: stm.create_model("vim-t", checkpoint=path, image_size=256, pos_embed_resize=way).pos_embed
-        for way in ("correct", "official")
-    }
+    named = {way: stm.create_model("vim-t", checkpoint=path, image_size=256, pos_embed_resize=way).pos_embed for way in ("correct", "official")}
     assert torch.equal(default, named["correct"])
     assert (default - named["official"]).abs().max() > 0.1
 

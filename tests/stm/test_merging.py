@@ -110,7 +110,7 @@ def test_float32_weights_are_as_good_as_float32_allows() -> None:
     torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-7)
 
 
-def test_weights_at_zero_delta_and_zero_B_are_finite() -> None:
+def test_weights_at_zero_delta_and_zero_b_are_finite() -> None:
     length = PLAN.seqlen
     for mode in SCAN_MODES:
         s = state(1, length)
@@ -396,7 +396,6 @@ def test_half_precision_runs_with_a_float32_residual(dtype: torch.dtype, mode: s
     assert error < 40 * torch.finfo(dtype).eps
 
 
-@pytest.mark.xfail(strict=True, reason="MergeLayer.fixed is a buffer, which .half() and .bfloat16() round")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_fixed_weights_stay_float32_in_half_precision(dtype: torch.dtype) -> None:
     """The merge runs on the float32 residual, so weights of the plan must not be rounded to the model's dtype."""

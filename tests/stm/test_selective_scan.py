@@ -78,10 +78,7 @@ COMMENTED_OUT = [
         for B, C in ((False, True), (True, False), (False, False))
         for complex_A in (False, True)
     ),
-    *(
-        Case(**{option: False})
-        for option in ("has_D", "has_z", "has_delta_bias", "delta_softplus", "return_last_state")
-    ),
+    *(Case(**{option: False}) for option in ("has_D", "has_z", "has_delta_bias", "delta_softplus", "return_last_state")),
     Case(has_D=False, has_z=False, has_delta_bias=False, delta_softplus=False, return_last_state=False),
     Case(groups=2, has_z=False, has_D=False),
     Case(variable_B=False, itype=torch.float16),
@@ -204,9 +201,7 @@ def assert_close(name: str, got: Tensor, expected: np.ndarray, tolerance: tuple[
 def test_mamba_grid(case):
     inputs = make_inputs(case)
     leaves = {name: None if v is None else v.requires_grad_() for name, v in inputs.items()}
-    result = stm.selective_scan_fn(
-        **leaves, delta_softplus=case.delta_softplus, return_last_state=case.return_last_state
-    )
+    result = stm.selective_scan_fn(**leaves, delta_softplus=case.delta_softplus, return_last_state=case.return_last_state)
     y, state = result if case.return_last_state else (result, None)
     expected_y, expected_state = reference(case, inputs)
     tolerances = published_tolerances(case)
@@ -220,9 +215,7 @@ def test_mamba_grid(case):
         assert relative_error(state, expected_state) <= 2 * FLOAT32_BOUND
 
     wide = {
-        name: None
-        if v is None
-        else v.detach().to(torch.complex128 if v.is_complex() else torch.float64).requires_grad_()
+        name: None if v is None else v.detach().to(torch.complex128 if v.is_complex() else torch.float64).requires_grad_()
         for name, v in inputs.items()
     }
     wide_y = loop(**wide, delta_softplus=case.delta_softplus)
@@ -255,10 +248,7 @@ def test_drop_in_takes_views():
     case = Case(31)
     inputs = make_inputs(case)
     expected, _ = reference(case, inputs)
-    strided = {
-        name: v.transpose(-1, -2).contiguous().transpose(-1, -2) if v is not None and v.dim() > 1 else v
-        for name, v in inputs.items()
-    }
+    strided = {name: v.transpose(-1, -2).contiguous().transpose(-1, -2) if v is not None and v.dim() > 1 else v for name, v in inputs.items()}
     assert relative_error(stm.selective_scan_fn(**strided, delta_softplus=True), expected) <= FLOAT32_BOUND
 
 
@@ -286,9 +276,7 @@ def test_drop_in_takes_positional_arguments():
 # --- the token-major op ----------------------------------------------------------------------
 
 
-def token_inputs(
-    seqlen: int, batch: int = 2, d_inner: int = 6, d_state: int = 16, dtype: torch.dtype = torch.float64
-) -> dict[str, Tensor]:
+def token_inputs(seqlen: int, batch: int = 2, d_inner: int = 6, d_state: int = 16, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """Everything on, the sizes of the steps as in a Vision Mamba; weights stay float32 or wider."""
     generator = torch.Generator().manual_seed(seqlen)
 
@@ -309,9 +297,7 @@ def token_inputs(
     }
 
 
-def token_reference(
-    inputs: dict[str, Tensor], *, delta_softplus: bool = True, reverse: bool = False
-) -> np.ndarray:
+def token_reference(inputs: dict[str, Tensor], *, delta_softplus: bool = True, reverse: bool = False) -> np.ndarray:
     """Channel-first, and for `reverse` everything that runs along the sequence flipped twice."""
     arrays = {name: widen(value) for name, value in inputs.items()}
     for name in ("u", "delta", "B", "C", "z", "decay_scale"):
@@ -476,9 +462,7 @@ def test_fake_output_is_like_the_real_one(row):
     arguments = op_arguments(**row)
     real = torch.ops.stm.selective_scan(*arguments)
     with FakeTensorMode() as mode:
-        fake = torch.ops.stm.selective_scan(
-            *(mode.from_tensor(v) if isinstance(v, Tensor) else v for v in arguments)
-        )
+        fake = torch.ops.stm.selective_scan(*(mode.from_tensor(v) if isinstance(v, Tensor) else v for v in arguments))
     assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
 
 
@@ -491,9 +475,7 @@ def test_gradcheck(absent, scaled, reverse):
     scale = decay_scale_for(5) if scaled else None
 
     def run(*values: Tensor) -> Tensor:
-        return stm.selective_scan(
-            **dict(zip(names, values, strict=True)), delta_softplus=True, reverse=reverse, decay_scale=scale
-        )
+        return stm.selective_scan(**dict(zip(names, values, strict=True)), delta_softplus=True, reverse=reverse, decay_scale=scale)
 
     assert torch.autograd.gradcheck(run, [inputs[name].requires_grad_() for name in names])
 

@@ -53,4 +53,3 @@ def test_trap_fails_the_parity_check(model_logits, trap):
 def test_unknown_trap_is_refused(model_logits):
     with pytest.raises(ValueError, match="unknown trap"):
         gap(model_logits, "no_such_trap")
-
