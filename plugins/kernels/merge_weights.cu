@@ -11,7 +11,7 @@ template <typename T_, WeightMode kMode_>
 struct MergeWeightsTraits {
   using T = T_;
   static constexpr WeightMode kMode = kMode_;
-  static constexpr int kThreads = 256;
+  static constexpr int kThreads = 1024;  // one channel a thread up to ViM-S: the latency of a block is what shows at batch 1
   static constexpr int kMaxStates = 64;
 };
 

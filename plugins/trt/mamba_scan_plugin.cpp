@@ -91,6 +91,7 @@ struct MambaScanOp {
       case MambaScanTactic::kSimple:
       case MambaScanTactic::kWalkMma:
       case MambaScanTactic::kSegments:
+      case MambaScanTactic::kAdaptive:
       case MambaScanTactic::kWalkMmaTwoPass: return true;
     }
     return false;

@@ -115,10 +115,11 @@ def test_embedded_plugin_runs_in_a_process_that_never_loaded_it(builder, work):
     path.write_bytes(blob)
     script = (
         "import tensorrt as trt, sys; l = trt.Logger(trt.Logger.ERROR); r = trt.Runtime(l);"
-        "e = r.deserialize_cuda_engine(open(sys.argv[1], 'rb').read()); assert e is not None; e.create_execution_context(); print('ok')"
+        "e = r.deserialize_cuda_engine(open(sys.argv[1], 'rb').read()); assert e is not None; c = e.create_execution_context();"
+        "assert c is not None; print('ok', flush=True); del c; del e; del r"
     )
     ran = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.returncode == 0, f"exit {ran.returncode}: {ran.stdout[-500:]} {ran.stderr[-2000:]}"
 
 
 def test_a_node_without_plugin_is_exit_code_6(builder, monkeypatch):

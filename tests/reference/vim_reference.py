@@ -86,7 +86,7 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 def causal_conv(x: Array, weight: Array, bias: Array | None) -> Array:
     """Depthwise: the last tap multiplies the current token. x (batch, E, L), weight (E, K)."""
     taps, seqlen = weight.shape[1], x.shape[2]
-    padded = np.concatenate([np.zeros(x.shape[:2] + (taps - 1,)), x], axis=2)
+    padded = np.concatenate([np.zeros((*x.shape[:2], taps - 1)), x], axis=2)
     out = np.zeros_like(x)
     for tap in range(taps):
         out += weight[None, :, tap, None] * padded[:, :, tap : tap + seqlen]

@@ -85,7 +85,7 @@ def assert_same(got: State, expected: State) -> None:
 # --- what loads ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ema, source", [(False, "model"), (True, "model_ema")])
+@pytest.mark.parametrize(("ema", "source"), [(False, "model"), (True, "model_ema")])
 def test_official_file(tmp_path, state, ema_state, ema, source):
     path = save(tmp_path / "vim.pth", official(state, ema_state))
     checkpoint = stm.load_checkpoint(path, ema=ema)
@@ -164,19 +164,23 @@ def test_extra_key(tmp_path, state):
 
 def test_other_model(tmp_path, state):
     message = refused(save(tmp_path / "vim.pth", official(state)), name="vim-s")
-    assert "192" in message and "384" in message
+    assert "192" in message
+    assert "384" in message
 
 
 def test_other_number_of_classes(tmp_path, state):
     message = refused(save(tmp_path / "vim.pth", official(state)), num_classes=10)
-    assert "1000" in message and "10" in message
+    assert "1000" in message
+    assert "10" in message
 
 
 def test_transposed_weight(tmp_path, state):
     """The right number of elements is not the right shape."""
     broken = state | {"layers.0.mixer.out_proj.weight": state["layers.0.mixer.out_proj.weight"].T.contiguous()}
     message = refused(save(tmp_path / "vim.pth", official(broken)))
-    assert "layers.0.mixer.out_proj.weight" in message and "192" in message and "384" in message
+    assert "layers.0.mixer.out_proj.weight" in message
+    assert "192" in message
+    assert "384" in message
 
 
 @pytest.mark.parametrize("key", ["rope.freqs_cos", "rope.freqs_sin"])
@@ -374,7 +378,7 @@ def resized_pos_embed(pos_embed: np.ndarray, grid: tuple[int, int], way: str) ->
     code's way, which takes slot 0 for it although the token sits in the middle.
     """
     count = pos_embed.shape[0] - 1
-    side, new_count = int(round(count**0.5)), grid[0] * grid[1]
+    side, new_count = round(count**0.5), grid[0] * grid[1]
     assert side * side == count
     slot, new_slot = (0, 0) if way == "official" else (count // 2, new_count // 2)
     patches = np.delete(pos_embed, slot, axis=0).reshape(side, side, -1)
@@ -391,7 +395,7 @@ def test_bicubic_is_torchs():
 
 @pytest.mark.parametrize("way", ["correct", "official"])
 @pytest.mark.parametrize(
-    "name, size, grid",
+    ("name", "size", "grid"),
     [
         ("vim-t", 384, (24, 24)),
         ("vim-t", 128, (8, 8)),
@@ -428,9 +432,11 @@ def test_the_ways_are_not_mixed_up(tmp_path, state):
     marked[0, 98] = 100.0
     path = save(tmp_path / "vim.pth", official(state | {"pos_embed": marked}))
     correct = stm.create_model("vim-t", checkpoint=path, image_size=256, pos_embed_resize="correct").pos_embed[0]
-    assert (correct[128] == 100).all() and correct[torch.arange(257) != 128].max() < 10
+    assert (correct[128] == 100).all()
+    assert correct[torch.arange(257) != 128].max() < 10
     smeared = stm.create_model("vim-t", checkpoint=path, image_size=256, pos_embed_resize="official").pos_embed[0]
-    assert torch.equal(smeared[0], marked[0, 0]) and (smeared.amax(dim=1) > 20).sum() > 1
+    assert torch.equal(smeared[0], marked[0, 0])
+    assert (smeared.amax(dim=1) > 20).sum() > 1
 
 
 @pytest.mark.parametrize("way", ["correct", "official"])

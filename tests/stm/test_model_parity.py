@@ -13,23 +13,23 @@ from tests.reference.weights import as_arrays, trained_like_
 FLOAT64_TOLERANCE = 1e-10
 FLOAT32_TOLERANCE = 5e-5  # logits spread over a few units
 
-BASE = dict(d_model=32, depth=3, d_state=8, image_size=(64, 64), num_classes=10)
+BASE = {"d_model": 32, "depth": 3, "d_state": 8, "image_size": (64, 64), "num_classes": 10}
 ROWS = {
     "base": {},
-    "one layer": dict(depth=1),
-    "non-square": dict(image_size=(48, 80)),  # 15 patches: an odd count
-    "tall": dict(image_size=(96, 32)),
-    "remainder": dict(image_size=(50, 71)),  # pixels left over on both sides
-    "one patch": dict(image_size=(16, 16)),  # class token first of two
-    "two patches": dict(image_size=(16, 32)),
-    "stride 8": dict(stride=8),
-    "stride 8, non-square": dict(stride=8, image_size=(32, 56)),
-    "d_state 16": dict(d_state=16),
-    "d_state 1": dict(d_state=1),
-    "dt_rank rounded up": dict(d_model=40),  # ceil(40 / 16) = 3
-    "conv of 3": dict(d_conv=3),
-    "expand 1": dict(expand=1),
-    "one class": dict(num_classes=1),
+    "one layer": {"depth": 1},
+    "non-square": {"image_size": (48, 80)},  # 15 patches: an odd count
+    "tall": {"image_size": (96, 32)},
+    "remainder": {"image_size": (50, 71)},  # pixels left over on both sides
+    "one patch": {"image_size": (16, 16)},  # class token first of two
+    "two patches": {"image_size": (16, 32)},
+    "stride 8": {"stride": 8},
+    "stride 8, non-square": {"stride": 8, "image_size": (32, 56)},
+    "d_state 16": {"d_state": 16},
+    "d_state 1": {"d_state": 1},
+    "dt_rank rounded up": {"d_model": 40},  # ceil(40 / 16) = 3
+    "conv of 3": {"d_conv": 3},
+    "expand 1": {"expand": 1},
+    "one class": {"num_classes": 1},
 }
 
 
@@ -89,7 +89,7 @@ def test_small(changes, cls_only_last):
 
 
 @pytest.mark.parametrize(
-    "d_model, stride, size",
+    ("d_model", "stride", "size"),
     [(192, 8, (224, 224)), (192, 16, (384, 384)), (192, 16, (192, 256)), (384, 16, (224, 224)), (768, 16, (224, 224))],
     ids=["vim-t-stride8", "vim-t at 384", "vim-t at 192x256", "vim-s", "vim-b"],
 )
@@ -168,7 +168,7 @@ def published_shapes(d: int, patches: int, classes: int = 1000, depth: int = 24)
 
 
 @pytest.mark.parametrize(
-    "name, d, patches, count",
+    ("name", "d", "patches", "count"),
     [
         ("vim-t", 192, 196, 7_148_008),
         ("vim-s", 384, 196, 25_796_584),
@@ -200,7 +200,7 @@ def test_making_a_model_leaves_the_global_random_state():
 
 
 @pytest.mark.parametrize(
-    "shape, named",
+    ("shape", "named"),
     [((1, 3, 64, 48), ("64", "48")), ((1, 3, 224, 224), ("64", "224")), ((1, 1, 64, 64), ("1", "3")), ((3, 64, 64), ("3",))],
     ids=["width", "size", "channels", "no batch"],
 )

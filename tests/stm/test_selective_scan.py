@@ -252,7 +252,7 @@ def test_drop_in_takes_views():
     assert relative_error(stm.selective_scan_fn(**strided, delta_softplus=True), expected) <= FLOAT32_BOUND
 
 
-@pytest.mark.parametrize("groups_B, groups_C", [(1, 2), (6, 1), (3, 6), (2, 3)], ids=str)
+@pytest.mark.parametrize(("groups_B", "groups_C"), [(1, 2), (6, 1), (3, 6), (2, 3)], ids=str)
 def test_groups_of_B_and_C_may_differ(groups_B, groups_C):
     """The published reference spreads each over the channels by itself: 2 and 3 groups cut 6 channels unevenly."""
     inputs = make_inputs(Case(9))
@@ -320,7 +320,8 @@ def test_token_major(seqlen, reverse):
     wide = token_inputs(seqlen)
     narrow = {name: value.float() for name, value in wide.items()}
     y = stm.selective_scan(**wide, delta_softplus=True, reverse=reverse)
-    assert y.dtype == torch.float64 and y.shape == wide["u"].shape
+    assert y.dtype == torch.float64
+    assert y.shape == wide["u"].shape
     assert relative_error(y, token_reference(wide, reverse=reverse)) <= FLOAT64_BOUND
     y = stm.selective_scan(**narrow, delta_softplus=True, reverse=reverse)
     assert y.dtype == torch.float32
@@ -344,7 +345,7 @@ def test_token_major_options(absent, scaled, reverse, delta_softplus):
     assert relative_error(y, expected) <= FLOAT64_BOUND
 
 
-@pytest.mark.parametrize("batch, d_inner, d_state", [(1, 1, 1), (3, 5, 17), (1, 384, 16), (2, 4, 64)])
+@pytest.mark.parametrize(("batch", "d_inner", "d_state"), [(1, 1, 1), (3, 5, 17), (1, 384, 16), (2, 4, 64)])
 def test_token_major_sizes(batch, d_inner, d_state):
     inputs = token_inputs(19, batch, d_inner, d_state)
     y = stm.selective_scan(**inputs, delta_softplus=True)
@@ -423,11 +424,11 @@ def test_two_forms_agree():
 
 OPCHECK_ROWS = {
     "all on": {},
-    "reverse": dict(reverse=True),
-    "scaled": dict(scaled=True),
-    "scaled, reverse": dict(scaled=True, reverse=True),
-    "no softplus": dict(softplus=False),
-    "float16": dict(dtype=torch.float16),
+    "reverse": {"reverse": True},
+    "scaled": {"scaled": True},
+    "scaled, reverse": {"scaled": True, "reverse": True},
+    "no softplus": {"softplus": False},
+    "float16": {"dtype": torch.float16},
 }
 
 
@@ -550,7 +551,7 @@ TOKEN_ERRORS = {
 }
 
 
-@pytest.mark.parametrize("name, shape, named", TOKEN_ERRORS.values(), ids=TOKEN_ERRORS.keys())
+@pytest.mark.parametrize(("name", "shape", "named"), TOKEN_ERRORS.values(), ids=TOKEN_ERRORS.keys())
 def test_token_major_shape_errors(name, shape, named):
     inputs = token_inputs(13)
     inputs[name] = torch.ones(shape, dtype=torch.float64)
@@ -575,7 +576,7 @@ MAMBA_ERRORS = {
 }
 
 
-@pytest.mark.parametrize("name, shape, named", MAMBA_ERRORS.values(), ids=MAMBA_ERRORS.keys())
+@pytest.mark.parametrize(("name", "shape", "named"), MAMBA_ERRORS.values(), ids=MAMBA_ERRORS.keys())
 def test_drop_in_shape_errors(name, shape, named):
     inputs = make_inputs(Case(31))
     inputs[name] = torch.ones(shape)

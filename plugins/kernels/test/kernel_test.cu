@@ -383,6 +383,7 @@ const char* name_of(MambaScanTactic tactic) {
     case MambaScanTactic::kSimple: return "simple";
     case MambaScanTactic::kWalkMma: return "walk mma";
     case MambaScanTactic::kSegments: return "segments";
+    case MambaScanTactic::kAdaptive: return "adaptive";
     case MambaScanTactic::kWalkMmaTwoPass: return "two pass";
   }
   return "?";
@@ -477,7 +478,7 @@ void test_scan(const Case& c, DataType T) {
   ScanBuffers buffers(w, c, T, pairs);
   const MambaScanParams p = buffers.params(c, T);
   int32_t tactics[8];
-  const int32_t count = mamba_scan_tactics(c.seqlen, c.d_inner, c.d_state, c.dt_rank, c.row(), T, tactics, 8);
+  const int32_t count = mamba_scan_tactics(c.seqlen, c.d_inner, c.d_state, c.dt_rank, c.row(), T, tactics, 8, true);
   for (int i = 0; i < count; i++) {
     const auto tactic = static_cast<MambaScanTactic>(tactics[i]);
     std::vector<Output> outputs = {{&buffers.y, T}};
@@ -823,14 +824,14 @@ void time_layer(const char* model, int E, int R, int batch, int L, DataType T) {
   }
   if (wanted("scan")) {
     int32_t tactics[8];
-    const int32_t count = mamba_scan_tactics(L, E, c.d_state, R, c.row(), T, tactics, 8);
+    const int32_t count = mamba_scan_tactics(L, E, c.d_state, R, c.row(), T, tactics, 8, true);
     for (int i = 0; i < count; i++) {
       const auto tactic = static_cast<MambaScanTactic>(tactics[i]);
       c.mode = 0;
       const MambaScanParams plain = buffers.params(c, T);
       line("mamba_scan", name_of(tactic), time_us([&](cudaStream_t s) { return mamba_scan(plain, tactic, s); }),
            scan_floor);
-      if (i + 1 < count) continue;
+      if (tactic != MambaScanTactic::kAdaptive) continue;
       c.mode = 1;
       const MambaScanParams merging = buffers.params(c, T);
       line("mamba_scan", (std::string(name_of(tactic)) + " + weights").c_str(),
