@@ -224,6 +224,14 @@ def verify(
     return report
 
 
+def judge_against(runner: Any, feeds: list[Floats], wanted: Sequence[Floats], precision: str, reference: str) -> ParityReport:
+    """Run any Polygraphy runner and judge it by reference logits that are there already; needs no torch."""
+    allowed = tolerance(precision)
+    ((name, got),) = run([runner], feeds).items()
+    metrics, failures = compare_logits([iteration[OUTPUT] for iteration in got], wanted, allowed)
+    return ParityReport(name, reference, precision, [len(feed) for feed in feeds], metrics, allowed, failures)
+
+
 def judge(runner: Any, model: VisionMamba, precision: str, feeds: list[Floats]) -> ParityReport:
     """Run any Polygraphy runner and the model in PyTorch on the same inputs and judge.
 

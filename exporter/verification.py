@@ -13,10 +13,9 @@ import onnx
 from .engine import BatchProfile, BuildOptions, load_engine
 from .errors import ArtefactError
 from .images import parity_inputs
-from .parity import ParityReport, compare_logits, load_reference, run, verify
+from .parity import ParityReport, judge_against, load_reference, verify
 from .runtimes.ort import onnxruntime_runner
 from .runtimes.trt import tensorrt_runner
-from .tolerances import tolerance
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -74,11 +73,7 @@ def verify_file(
     precision = meta["precision"]
     if reference is not None:
         feeds, wanted = load_reference(Path(reference))
-        results = run([runner], feeds)
-        (name, got), *_ = results.items()
-        allowed = tolerance(precision)
-        metrics, failures = compare_logits([i["logits"] for i in got], wanted, allowed)
-        return ParityReport(name, f"saved outputs in {reference}", precision, [len(feed) for feed in feeds], metrics, allowed, failures)
+        return judge_against(runner, feeds, wanted, precision, f"saved outputs in {reference}")
 
     from stm import MergePlan, create_model, state_dict_sha256
 

@@ -43,7 +43,9 @@ def needs_gpu():
 def cases():
     """(model, rate, size): all models and rates at 224, ViM-T and one rate at the other sizes."""
     rows = [(model, rate, SIZES[0]) for model in MODELS for rate in RATES]
-    return rows + [("vim-t", 0.2, size) for size in SIZES[1:]]
+    rows += [("vim-t", 0.2, size) for size in SIZES[1:]]
+    wanted = os.environ.get("STM_GPU_MODELS", " ".join(MODELS)).split()  # tests/gpu.sh spreads the models over processes
+    return [row for row in rows if row[0] in wanted]
 
 
 def _export(folder, model, rate, size):
@@ -66,10 +68,11 @@ def work(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def portables(work):
-    """(model, rate, size) -> portable ONNX file."""
-    with ProcessPoolExecutor(8, mp_context=multiprocessing.get_context("spawn")) as pool:
+    """portables(case) -> portable ONNX file; the cases of this process are exported in parallel at the start."""
+    with ProcessPoolExecutor(len(cases()), mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = {case: pool.submit(_export, str(work), *case) for case in cases()}
-        return {case: Path(future.result()) for case, future in futures.items()}
+        made = {case: Path(future.result()) for case, future in futures.items()}
+    return made.__getitem__
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +88,7 @@ def builder(work, portables):
     def build(case, precision, batch=(1, 8, 64), **options):
         key = (case, precision, batch, tuple(sorted(options.items())))
         if key not in made:
-            lowered = lower_tensorrt(onnx.load(str(portables[case])), precision)
+            lowered = lower_tensorrt(onnx.load(str(portables(case))), precision)
             chosen = BuildOptions(batch=BatchProfile(*batch), timing_cache=work / "timing.cache", **({"opt_level": 1} | options))
             blob, info = build_engine(lowered, chosen)
             made[key] = (deserialize(process(), blob), lowered, info, blob, chosen)
@@ -114,13 +117,12 @@ def torch_model():
 
 @pytest.fixture(scope="session")
 def record():
-    """record(kind, **row): rows of the tables that tests/gpu.sh prints last."""
-    rows = []
+    """record(kind, **row): rows of the tables that tests/gpu.sh prints last, written at once."""
 
     def add(kind, **row):
-        rows.append({"kind": kind, **{k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in row.items()}})
+        row = {"kind": kind, **{k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in row.items()}}
+        if folder := os.environ.get("STM_GPU_OUT"):
+            with open(Path(folder) / "rows.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
-    yield add
-    if folder := os.environ.get("STM_GPU_OUT"):
-        with open(Path(folder) / "rows.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return add

@@ -56,7 +56,7 @@ def test_bisect_names_the_sabotaged_tensor(builder, torch_model):
 def test_a_second_build_takes_the_timing_cache(builder, portables, work, record):
     from exporter.passes.tensorrt import lower_tensorrt
 
-    lowered = lower_tensorrt(onnx.load(str(portables[CASE])), "fp16")
+    lowered = lower_tensorrt(onnx.load(str(portables(CASE))), "fp16")
     cache = work / "own.cache"
     options = BuildOptions(batch=BatchProfile(1, 8, 16), timing_cache=cache, opt_level=1)
     _, cold = build_engine(lowered, options)
@@ -180,10 +180,10 @@ def test_polygraphy_runs_the_lowered_model_with_the_shim(work, portables, record
     from exporter.passes.tensorrt import lower_tensorrt
 
     model = stm.create_model("vim-t", plan=stm.make_plan(stm.model_config("vim-t"), rate=0.2))
-    report = verify(portables[CASE], model, batches=(1,))
+    report = verify(portables(CASE), model, batches=(1,))
     folder = work / "polygraphy"
     report.save_reference(folder)
-    onnx.save(lower_tensorrt(onnx.load(str(portables[CASE])), "fp32"), str(folder / "lowered.onnx"))
+    onnx.save(lower_tensorrt(onnx.load(str(portables(CASE))), "fp32"), str(folder / "lowered.onnx"))
     core = load_plugin().path
     shim = core.with_name(core.stem + "_static.so")
     polygraphy = shutil.which("polygraphy")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from exporter.images import parity_inputs, varied_inputs
-from exporter.parity import judge
+from exporter.parity import judge_against, run
+from exporter.runtimes.pytorch import TorchRunner
 from exporter.runtimes.trt import tensorrt_runner
 
 from .conftest import PRECISIONS, cases
@@ -12,41 +13,41 @@ from .conftest import PRECISIONS, cases
 BATCHES = (1, 7, 64)
 
 
+def logits(runner, feeds):
+    ((_, iterations),) = run([runner], feeds).items()
+    return [np.asarray(iteration["logits"]) for iteration in iterations]
+
+
 @pytest.mark.parametrize("case", cases(), ids=lambda c: f"{c[0]}-{c[1]}-{c[2][0]}x{c[2][1]}")
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_parity(case, precision, builder, torch_model, record):
+def test_parity(case, builder, torch_model, record):
+    """All precisions against one run of PyTorch float32: photographs at 1 and 7, noise at 1 and 64."""
     model = torch_model(case)
-    engine, _, info, _, _ = builder(case, precision)
     config = model.config
     photos_1, noise_1, photos_7, _, _, noise_64 = parity_inputs(config.image_size, config.mean, config.std, BATCHES)
-    report = judge(tensorrt_runner(engine), model, precision, [photos_1, noise_1, photos_7, noise_64])
-    record(
-        "parity", model=case[0], rate=case[1], size=case[2], precision=precision, metrics=report.metrics, seconds=info.seconds, passed=bool(report)
-    )
-    assert report, "\n".join(report.lines())
-    assert len(info.plugin_layers) == 3 * config.depth
+    feeds = [photos_1, noise_1, photos_7, noise_64]
+    wanted = logits(TorchRunner(model), feeds)
+    failed = []
+    for precision in PRECISIONS:
+        engine, _, info, _, _ = builder(case, precision)
+        report = judge_against(tensorrt_runner(engine), feeds, wanted, precision, "pytorch")
+        row = {"model": case[0], "rate": case[1], "size": case[2], "precision": precision, "seconds": info.seconds}
+        record("parity", **row, metrics=report.metrics, passed=bool(report))
+        assert len(info.plugin_layers) == 3 * config.depth
+        if not report:
+            failed += report.lines()
+    assert not failed, "\n".join(failed)
 
 
-@pytest.mark.parametrize("name", ["vim-t", "vim-s", "vim-b"])
-def test_fp16_agrees_on_512_varied_images(name, builder, torch_model, record):
+@pytest.mark.parametrize("case", [case for case in cases() if case[1:] == (0.2, (224, 224))], ids=lambda c: c[0])
+def test_fp16_agrees_on_512_varied_images(case, builder, torch_model, record):
     """fp16 top-1 agreement with PyTorch float32 on 512 crops, flips and brightness changes of the photographs."""
-    case = (name, 0.2, (224, 224))
     model = torch_model(case)
-    engine = builder(case, "fp16")[0]
-    images = varied_inputs((224, 224), model.config.mean, model.config.std, 512)
-    report = judge(tensorrt_runner(engine), model, "fp16", list(images.reshape(8, 64, 3, 224, 224)))
-    same = top1_agreement(engine, model, images)
-    record("agreement", model=name, images=512, top1=same, metrics=report.metrics)
+    images = list(varied_inputs((224, 224), model.config.mean, model.config.std, 512).reshape(8, 64, 3, 224, 224))
+    wanted = logits(TorchRunner(model), images)
+    runner = tensorrt_runner(builder(case, "fp16")[0])
+    report = judge_against(runner, images, wanted, "fp16", "pytorch")
+    got = logits(runner, images)
+    same = float(np.mean(np.argmax(np.concatenate(got), 1) == np.argmax(np.concatenate(wanted), 1)))  # near ties counted too
+    record("agreement", model=case[0], rate=case[1], images=512, top1=same, metrics=report.metrics)
     assert report, "\n".join(report.lines())
     assert same >= 0.97
-
-
-def top1_agreement(engine, model, images):
-    """Share of images with the same best class, near ties counted too."""
-    from exporter.parity import run
-    from exporter.runtimes.pytorch import TorchRunner
-
-    results = run([tensorrt_runner(engine), TorchRunner(model)], list(images.reshape(8, 64, 3, 224, 224)))
-    (_, got), (_, want) = results.items()
-    hits = [np.argmax(a["logits"], 1) == np.argmax(b["logits"], 1) for a, b in zip(got, want, strict=True)]
-    return float(np.mean(np.concatenate(hits)))
