@@ -286,7 +286,7 @@ def _as_int(value: Any, where: str) -> int:
 
 def _as_float(value: Any, where: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not -1e30 < value < 1e30:
-        raise PlanError(f"plan constants of layer {where}: {str(value)[:40]} is not a number of a sane size")
+        raise PlanError(f"plan constants of layer {where}: {value!r:.40} is not a finite number (at most 1e30)")
     return float(value)
 
 
