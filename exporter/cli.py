@@ -48,6 +48,17 @@ def _batches(text: str) -> list[int]:
     return [_positive(part) for part in text.split(",")]
 
 
+def _names(text: str) -> list[str]:
+    names = [part.strip() for part in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r}: an empty name; separate names by one comma")
+    return names
+
+
+def _image_sizes(text: str) -> list[int | tuple[int, int]]:
+    return [_image_size(part) for part in text.split(",")]
+
+
 def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="NAME", help="vim-t, vim-s, vim-b, vim-t-stride8, vim-s-stride8")
     parser.add_argument("--image-size", type=_image_size, default=224, metavar="H[xW]", help="pixels (default 224)")
@@ -79,7 +90,10 @@ def _weights_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="of random weights (default 0)")
     group.add_argument("--num-classes", type=_positive, default=1000, metavar="N")
     group.add_argument(
-        "--pos-embed-resize", choices=("correct", "official"), default="correct", help="how a position embedding of another size is interpolated"
+        "--pos-embed-resize",
+        choices=("correct", "official", "keep"),
+        default="correct",
+        help="how a position embedding of another grid is interpolated (keep: not at all)",
     )
 
 
@@ -166,6 +180,42 @@ def _verify_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=_batches, default=[1, 5], metavar="N[,N..]", help="batch sizes (default 1,5)")
     parser.add_argument("--bisect", action="store_true", help="if parity fails, name the first tensor that deviates")
     parser.add_argument("--plugin-library", metavar="FILE", help="libstm_trtN.so to use instead of the package's")
+    _json_option(parser)
+
+
+def _bench_parser(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("file", nargs="?", metavar="FILE", help=".engine or .onnx made by stm-export (before --vs, which takes what follows it)")
+    what.add_argument("--model", type=_names, metavar="NAME[,..]", help="build what is timed: vim-t, vim-s, vim-b, ...")
+    what.add_argument("--suite", metavar="NAME", help="a set of cases: headline, rate, resolution, batch, performance (all of them)")
+    what.add_argument("--from", dest="earlier", type=_names, metavar="JSON[,..]", help="measure nothing: report earlier bench.json files, merged")
+    group = parser.add_argument_group("cases (with --model: all combinations)")
+    group.add_argument("--rate", type=_names, metavar="R[,..]", help="share of tokens removed, stm-15 .. stm-40, or a plan file (default 0)")
+    group.add_argument("--batch", type=_batches, metavar="N[,..]", help="default: an engine file's profile; 1,128 to build engines; else 1")
+    group.add_argument("--image-size", type=_image_sizes, metavar="H[xW][,..]", help="pixels (default 224)")
+    group.add_argument("--precision", type=_names, metavar="P[,..]", help="fp16, bf16, fp32 (default fp16 for engines, else fp32)")
+    group.add_argument("--runtime", choices=("engine", "onnx", "eager"), help="what runs --model (default engine)")
+    group = parser.add_argument_group("measuring")
+    group.add_argument(
+        "--vs",
+        type=_names,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="RIVAL",
+        help="eager, compile, mamba_ssm, onnx, onnx-cpu, deit, or a file",
+    )
+    group.add_argument("--launch", choices=("graph", "plain", "both"), default="graph", help="CUDA graph or plain launches (default graph)")
+    group.add_argument("--device", choices=("cpu", "cuda"), help="for .onnx, --runtime onnx and eager (default: a GPU if there is one)")
+    group.add_argument("--rounds", type=_positive, default=15, metavar="N", help="interleaved rounds (default 15)")
+    group.add_argument("--round-ms", type=_positive, default=60, metavar="MS", help="length of a backend's turn in a round (default 60)")
+    group.add_argument("--profile", action="store_true", help="time of each node of an engine, by torch module, with floors")
+    group.add_argument("--max-ratio", type=float, metavar="R", help="exit code 8 if the time is over R times any rival's")
+    group.add_argument("--opt-level", type=int, choices=range(6), default=3, help="of engines built here (default 3)")
+    group.add_argument("--plugin-library", metavar="FILE", help="libstm_trtN.so to use instead of the package's")
+    group = parser.add_argument_group("output")
+    group.add_argument("-o", "--output", metavar="DIR", help="bench.json, bench.md, plots; engines built are kept there and used again")
+    group.add_argument("--document", metavar="FILE.md", help="put the tables between this file's `stm bench` markers, plots beside it")
     _json_option(parser)
 
 
@@ -309,6 +359,45 @@ def _run_verify(args: argparse.Namespace) -> Answer:
     return {"exit_code": 0 if report else 7, **report.to_dict()}, report.lines()
 
 
+def _run_bench(args: argparse.Namespace) -> Answer:
+    from .bench import BenchResult, Method, bench, read_json, update_document
+
+    given = {"--rate": args.rate, "--image-size": args.image_size, "--precision": args.precision, "--runtime": args.runtime}
+    if not args.model and (idle := [option for option, value in given.items() if value]):
+        raise ConfigError(f"{', '.join(idle)} belong to --model; a file or a suite has its own")
+    if args.suite and args.batch:
+        raise ConfigError("--batch does not go with --suite, which has its own")
+    if args.earlier:
+        result = BenchResult.merged(read_json(Path(path)) for path in args.earlier)
+        result.max_ratio = args.max_ratio
+        if args.output:
+            result.write(args.output)
+    else:
+        result = bench(
+            args.file,
+            models=args.model or (),
+            rates=args.rate or ("0",),
+            image_sizes=args.image_size or (224,),
+            precisions=args.precision,
+            batches=args.batch,
+            suite_name=args.suite,
+            runtime=args.runtime or "engine",
+            vs=[name for names in args.vs for name in names],
+            launch=args.launch,
+            device=args.device,
+            method=Method(rounds=args.rounds, round_ms=float(args.round_ms), warmup_ms=4.0 * args.round_ms),
+            profile=args.profile,
+            max_ratio=args.max_ratio,
+            output=args.output,
+            plugin_library=args.plugin_library,
+            opt_level=args.opt_level,
+            show_progress=True,
+        )
+    if args.document:
+        result.outputs += update_document(result, Path(args.document))
+    return {"exit_code": result.exit_code, **result.to_dict()}, result.lines()
+
+
 def _run_inspect(args: argparse.Namespace) -> Answer:
     from .inspection import inspect
 
@@ -339,6 +428,7 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable
     "export": ("weights + merge plan -> a verified .onnx or TensorRT engine", _export_parser, _run_export),
     "plan": ("make, explain and draw a merge plan", _plan_parser, _run_plan),
     "verify": ("compare a file with PyTorch or with saved outputs", _verify_parser, _run_verify),
+    "bench": ("time a file or models against rivals, with a gate", _bench_parser, _run_bench),
     "inspect": ("explain an .onnx, an engine, a plan, a weights file", _inspect_parser, _run_inspect),
     "doctor": ("what is here, what works, what to do", _doctor_parser, _run_doctor),
 }
@@ -354,7 +444,7 @@ def _parser(verb: str | None = None) -> argparse.ArgumentParser:
         parser.set_defaults(verb=verb)
     else:
         parser = argparse.ArgumentParser(
-            "stm", description="Vision Mamba with Sequential Token Merging: plan, export, verify, inspect.", epilog=_EPILOG, allow_abbrev=False
+            "stm", description="Vision Mamba with Sequential Token Merging: plan, export, verify, bench, inspect.", epilog=_EPILOG, allow_abbrev=False
         )
         verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
         for name, (text, options, _) in _VERBS.items():
@@ -374,7 +464,7 @@ def main(argv: Sequence[str] | None = None, verb: str | None = None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     try:
         print(json.dumps(answer) if args.json else "\n".join(lines), flush=True)

@@ -17,7 +17,7 @@ from stm.plan import resolve_plan
 from .engine import BuildOptions, build_engine, deserialize, make_sidecar, process, require_gpu, require_tensorrt, sidecar_path
 from .engine_parity import engine_latency, verify_engine
 from .errors import ParityError
-from .files import written_aside
+from .files import Staging, check_writable
 from .libraries import load_plugin
 from .onnx_export import export_onnx
 from .parity import ParityReport, verify, write_report
@@ -76,6 +76,8 @@ def choose_plan(
         assert loaded is not None
         made = loaded.with_weights(merge_weights) if merge_weights else loaded
     elif not rate:
+        if merge_weights or rule or proportional_decay:
+            raise stm.PlanError("--merge-weights, --rule and --proportional-decay say how to merge; say how much, too: --rate or --plan")
         return None
     else:
         made = make_plan(config, rate=rate, weights=merge_weights or "hsp", rule=rule or "edge", proportional_decay=proportional_decay)
@@ -148,8 +150,8 @@ def export(
     sidecar `OUTPUT.json`; `build` holds the builder's options.
 
     `.onnx` makes a portable ONNX file and, beside it, `NAME.reference/` with inputs and PyTorch's outputs in
-    Polygraphy's format. A path without suffix is a directory that gets everything: model.onnx, plan.json, plan.png,
-    reference/, parity.json.
+    Polygraphy's format. A path without suffix, or with a separator at its end, is a directory that gets everything:
+    model.onnx, plan.json, plan.png, reference/, parity.json.
 
     Nothing existing is overwritten unless everything succeeded. If parity fails, the suspect file is kept as
     `OUTPUT.failed`.
@@ -157,10 +159,12 @@ def export(
     Raises:
         StmError: see the kinds in `stm.errors` and `exporter.errors`; `exit_code` is the command line's.
     """
+    folder_asked = os.fspath(output).endswith(os.sep)
     output = Path(output)
-    whole, engine = output.suffix == "", output.suffix in ENGINE_SUFFIXES
+    engine = output.suffix in ENGINE_SUFFIXES and not folder_asked
+    whole = folder_asked or (output.is_dir() and not engine and output.suffix != ".onnx") or (output.suffix == "" and output.name[:1] != ".")
     if not whole and not engine and output.suffix != ".onnx":
-        raise ConfigError(f"output is {output}; its suffix must be .onnx, .engine (or .plan), or none for a directory with everything")
+        raise ConfigError(f"output is {output}; give NAME.onnx, NAME.engine (or .plan), or a directory (no suffix, or a / at its end) for everything")
     precision = precision or ("fp16" if engine else "fp32")
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}; choose from {', '.join(PRECISIONS)}")
@@ -171,6 +175,11 @@ def export(
         require_gpu()
         load_plugin(plugin_library)
     target = output / "model.onnx" if whole else output
+    reference = output / "reference" if whole else reference_folder(output)
+    if classes is not None and len(classes) != num_classes:
+        raise ConfigError(f"{len(classes)} class names for {num_classes} classes; give one a class, or --num-classes {len(classes)}")
+    for path in (target, reference / "inputs.json", *((sidecar_path(target),) if engine else ())):
+        check_writable(path)
     options = build or BuildOptions()
     seconds: dict[str, float] = {}
 
@@ -211,7 +220,8 @@ def export(
             summary=plan_summary(model.config, model.plan),
             seconds=seconds,
         )
-        with written_aside(target) as aside:
+        with Staging(target.parent) as staging:
+            aside = staging.path(target)
             sidecar: dict[str, Any] | None = None
             if engine:
                 with steps.step("lowering"):
@@ -239,33 +249,31 @@ def export(
                         report = verify(aside, model, precision=precision, bisect=bisect)
                     result.parity = report
                     timed("verify", clock)
-                    if not report:
-                        failed = target.with_name(target.name + ".failed")
-                        os.replace(aside, failed)
-                        try:
-                            report.check()
-                        except ParityError as error:
-                            raise ParityError(f"{error}. The file is kept as {failed}") from None
+                if not report:
+                    failed = target.with_name(target.name + ".failed")
+                    staging.keep_as(target, failed)
+                    try:
+                        report.check()
+                    except ParityError as error:
+                        raise ParityError(f"{error}. The file is kept as {failed}") from None
+                result.outputs += report.stage_reference(reference, staging)
             if sidecar is not None:
                 sidecar |= {"parity": result.parity.to_dict() if result.parity else None, "timing": result.timing}
-                with written_aside(sidecar_path(target)) as sidecar_aside:
-                    sidecar_aside.write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
+                staging.path(sidecar_path(target)).write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
                 result.outputs.append(str(sidecar_path(target)))
-        if result.parity is not None:
-            result.outputs += result.parity.save_reference(output / "reference" if whole else reference_folder(output))
-        if whole:
-            result.outputs += _write_companions(output, model, result)
+            if whole:
+                result.outputs += _stage_companions(target.parent, staging, model, result)
     return result
 
 
-def _write_companions(folder: Path, model: VisionMamba, result: ExportResult) -> list[str]:
+def _stage_companions(folder: Path, staging: Staging, model: VisionMamba, result: ExportResult) -> list[str]:
     from .drawing import draw_plan
 
     plan = model.plan or make_plan(model.config)
-    plan.save(folder / "plan.json")
-    draw_plan(model.config, plan, folder / "plan.png")
+    plan.save(staging.path(folder / "plan.json"))
+    draw_plan(model.config, plan, staging.path(folder / "plan.png"))
     made = [str(folder / "plan.json"), str(folder / "plan.png")]
     if result.parity is not None:
-        write_report(folder / "parity.json", result.parity)
+        write_report(staging.path(folder / "parity.json"), result.parity)
         made.append(str(folder / "parity.json"))
     return made

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stm import MergePlan, VimConfig, plan_summary
+from stm import ConfigError, MergePlan, VimConfig, plan_summary
 
 from .files import written_aside
 from .images import load_image, photos, preprocess
@@ -31,6 +31,8 @@ def draw_plan(config: VimConfig, plan: MergePlan, path: str | Path, image: str |
 
     plan.check_fits(config)
     path = Path(path)
+    if path.suffix != ".png":
+        raise ConfigError(f"cannot draw to {path}: pictures are .png")
     picture = load_image(image) if image is not None else photos()[1]
     height, width = config.image_size
     pixels = preprocess(picture, config.image_size, (0, 0, 0), (1, 1, 1)).transpose(1, 2, 0)
@@ -41,14 +43,14 @@ def draw_plan(config: VimConfig, plan: MergePlan, path: str | Path, image: str |
     left.imshow(np.clip(pixels, 0, 1), extent=(0, columns, rows, 0), aspect="auto" if rows * width == columns * height else None)
     left.set_aspect(1)
     groups = [token for token in list(plan.members())[-1] if len(token) > 1]
-    colours = plt.get_cmap("tab20")
+    colours = plt.get_cmap("tab10")
     for index, token in enumerate(groups):
         # original position -> patch: the class token sits in the middle of the sequence
         patches = [position - (position > plan.cls_index) for position in token]
         kept = patches[0]  # members are listed target first
         for patch in patches:
             y, x = divmod(patch, columns)
-            left.add_patch(Rectangle((x, y), 1, 1, facecolor=(*colours(index % 20)[:3], 0.62), edgecolor="none"))
+            left.add_patch(Rectangle((x, y), 1, 1, facecolor=(*colours(index % 10)[:3], 0.7), edgecolor="none"))
         y, x = divmod(kept, columns)
         left.add_patch(Rectangle((x + 0.06, y + 0.06), 0.88, 0.88, fill=False, edgecolor="black", linewidth=2))
     if rows * columns <= 1024:

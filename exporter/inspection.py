@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from stm.checkpoint import file_sha256
 from stm.registry import list_models, model_entry
 
 from .errors import ArtefactError
+from .file_metadata import load_onnx, parse_metadata
 from .op_schema import DOMAIN
-
-MAX_ONNX_BYTES = 1 << 31
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -42,13 +40,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 
 def _inspect_onnx(path: Path) -> dict[str, Any]:
-    if path.stat().st_size >= MAX_ONNX_BYTES:
-        raise ArtefactError(f"{path} has {path.stat().st_size} bytes; ONNX files of 2 GiB and more are not read")
-    try:
-        model = onnx.load(str(path))
-    except Exception as error:
-        raise ArtefactError(f"{path} is not an ONNX model: {str(error)[:200]}") from None
+    model = load_onnx(path)
     meta = {entry.key.removeprefix("stm."): entry.value for entry in model.metadata_props if entry.key.startswith("stm.")}
+    checked = parse_metadata(path, model) if meta else {"seqlen": None, "num_classes": None}
     ours = Counter(node.op_type for node in model.graph.node if node.domain == DOMAIN)
 
     def shape(value: onnx.ValueInfoProto) -> str:
@@ -70,8 +64,8 @@ def _inspect_onnx(path: Path) -> dict[str, Any]:
         "functions": [function.name for function in model.functions],
         "made_by_us": bool(meta),
         "metadata": {key: value for key, value in meta.items() if key not in ("plan", "classes", "seqlen")},
-        "seqlen": json.loads(meta["seqlen"]) if meta.get("seqlen") else None,
-        "classes": len(json.loads(meta["classes"])) if meta.get("classes") else None,
+        "seqlen": checked["seqlen"],
+        "classes": checked["num_classes"],
     }
 
 

@@ -18,6 +18,7 @@ from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
 
 from .errors import ArtefactError, ParityError
+from .files import Staging
 from .images import parity_inputs
 from .op_schema import INPUT, OUTPUT
 from .runtimes.ort import onnxruntime_runner
@@ -77,11 +78,16 @@ class ParityReport:
 
         Replay: `polygraphy run vim.onnx --onnxrt --load-inputs F/inputs.json --load-outputs F/outputs.json`.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        with Staging(folder) as staging:
+            return self.stage_reference(folder, staging)
+
+    def stage_reference(self, folder: Path, staging: Staging) -> list[str]:
+        """`save_reference` as part of a larger set of files."""
+        inputs, outputs = folder / "inputs.json", folder / "outputs.json"
         with _quiet_polygraphy():
-            save_json([{INPUT: batch} for batch in self.feeds], str(folder / "inputs.json"), description="inputs")
-            self.reference_results.save(str(folder / "outputs.json"))
-        return [str(folder / "inputs.json"), str(folder / "outputs.json")]
+            save_json([{INPUT: batch} for batch in self.feeds], str(staging.path(inputs)), description="inputs")
+            self.reference_results.save(str(staging.path(outputs)))
+        return [str(inputs), str(outputs)]
 
     def lines(self) -> list[str]:
         """For people: one line a metric, measured and allowed."""

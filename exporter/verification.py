@@ -2,47 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import onnx
 
 from .engine import BatchProfile, BuildOptions, load_engine
 from .errors import ArtefactError
+from .file_metadata import read_metadata
 from .images import parity_inputs
 from .parity import ParityReport, judge_against, load_reference, verify
 from .runtimes.ort import onnxruntime_runner
 from .runtimes.trt import tensorrt_runner
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """What an ONNX file says about itself, under the names of an engine's sidecar.
-
-    Raises:
-        ArtefactError: no such file, not ONNX, or not made by us.
-    """
-    try:
-        model = onnx.load(str(path))
-    except Exception as error:
-        raise ArtefactError(f"cannot read {path} as ONNX: {str(error)[:200]}") from None
-    meta = {entry.key.removeprefix("stm."): entry.value for entry in model.metadata_props if entry.key.startswith("stm.")}
-    if not meta:
-        raise ArtefactError(f"{path} has no stm metadata: not made by stm-export, or stripped since; export it again")
-    plain = ("model", "weights", "weights_sha256", "precision")
-    try:
-        return {
-            **{key: meta[key] for key in plain},
-            "weights_random": json.loads(meta["weights_random"]),
-            "image_size": json.loads(meta["image_size"]),
-            "num_classes": json.loads(meta["config"])["num_classes"],
-            "plan": json.loads(meta["plan"]) if meta["plan"] else None,
-            "pos_embed_resize": meta.get("pos_embed_resize", "correct"),
-        }
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ArtefactError(f"{path}: its stm metadata is damaged ({error}); export it again") from None
 
 
 def verify_file(
@@ -81,20 +51,21 @@ def verify_file(
     from .onnx_export import export_onnx
     from .passes.tensorrt import lower_tensorrt
 
-    random = meta["weights_random"]
-    if not random and checkpoint is None:
+    random, published = meta["weights_random"], meta.get("weights_kind") == "published" and checkpoint is None
+    if not random and not published and checkpoint is None:
         raise ArtefactError(f"{path} was made from {meta['weights']}; pass --checkpoint FILE, or --reference DIR with saved outputs")
     if random and checkpoint is not None:
         raise ArtefactError(f"{path} was made from {meta['weights']}; drop --checkpoint")
     size, plan = meta["image_size"], meta["plan"]
     model = create_model(
         meta["model"],
+        pretrained=published,
         checkpoint=checkpoint,
         plan=MergePlan.from_dict(plan) if plan else None,
         image_size=(size[0], size[1]),
         num_classes=meta["num_classes"],
-        seed=int(meta["weights"].partition("(seed ")[2].partition(")")[0] or 0) if random else 0,
-        ema=ema,
+        seed=meta["seed"] if random else 0,
+        ema=ema or bool(meta.get("ema")),
         pos_embed_resize=meta.get("pos_embed_resize", "correct"),
     )
     found = state_dict_sha256(model.state_dict())

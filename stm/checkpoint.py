@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from .config import MAX_TOKENS, VimConfig
 from .errors import CheckpointError, MissingDependencyError
 
-POS_EMBED_RESIZE = ("correct", "official")
+POS_EMBED_RESIZE = ("correct", "official", "keep")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Provenance:
     source: str
     sha256: str
     seed: int | None = None
+    ema: bool = False
     pos_embed_resize: str = "correct"
+    pos_embed_change: str = ""  # "27x27 -> 14x14" where the position embedding was interpolated
 
     @property
     def is_random(self) -> bool:
@@ -53,7 +56,8 @@ class Provenance:
     def __str__(self) -> str:
         if self.is_random:
             return f"RANDOM weights (seed {self.seed}), not a trained model"
-        return f"{self.kind} weights {self.source}"
+        resized = f", position embedding interpolated {self.pos_embed_change}" if self.pos_embed_change else ""
+        return f"{self.kind} weights {self.source}{resized}"
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -133,7 +137,12 @@ def _read_safetensors(path: Path) -> object:
 
 
 def _read_pickle(path: Path) -> object:
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if start != b"PK" and start[:1] != b"\x80":  # a zip archive, or a pickle of protocol 2 and later
+        raise CheckpointError(f"cannot read {path}: {'it is empty' if not start else 'it is not a PyTorch file'}; is this the weights file?")
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             # Mapped, so that the optimiser's state, half of a published file, is never read.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -151,7 +160,7 @@ def _read_pickle(path: Path) -> object:
 
 
 def resize_pos_embed(pos_embed: Tensor, config: VimConfig, method: str = "correct") -> Tensor:
-    """Position embedding (1, P + 1, d_model) of a square grid for `config`'s grid, by bicubic interpolation.
+    """Position embedding (1, P + 1, d_model) of a square grid for `config`'s grid, by bicubic interpolation ("keep": as it is).
 
     "correct" takes the class slot where the model puts it, P // 2, before and after. "official" is what the published
     fine-tuning script does: slot 0 counts as the class slot, so the true one enters the grid; use it to reproduce
@@ -162,6 +171,8 @@ def resize_pos_embed(pos_embed: Tensor, config: VimConfig, method: str = "correc
     """
     if method not in POS_EMBED_RESIZE:
         raise CheckpointError(f"pos_embed_resize is {method!r}; choose from {', '.join(POS_EMBED_RESIZE)}")
+    if method == "keep":
+        return pos_embed
     patches = pos_embed.shape[1] - 1
     side = math.isqrt(patches)
     if side * side != patches:
@@ -176,6 +187,21 @@ def resize_pos_embed(pos_embed: Tensor, config: VimConfig, method: str = "correc
     grid = F.interpolate(grid, size=config.grid, mode="bicubic", align_corners=False)
     grid = grid.permute(0, 2, 3, 1).flatten(1, 2)
     return torch.cat([grid[:, :new_slot], cls, grid[:, new_slot:]], 1)
+
+
+def pos_embed_change(pos_embed: Tensor, config: VimConfig, method: str) -> str:
+    """ "14x14 -> 7x28" if an embedding of that many slots will be interpolated for `config`, else "".
+
+    Nothing in a file says what its grid was. All published ones are square, so a square number of patches counts as a square
+    grid even where another grid has as many (7x28); `keep` takes such an embedding as it is.
+    """
+    if method == "keep" or pos_embed.dim() != 3 or pos_embed.shape[0] != 1 or pos_embed.shape[2] != config.d_model or pos_embed.shape[1] < 3:
+        return ""
+    side = math.isqrt(pos_embed.shape[1] - 1)
+    rows, columns = config.grid
+    if (side, side) == (rows, columns) or (side * side != pos_embed.shape[1] - 1 and pos_embed.shape[1] == config.seqlen):
+        return ""
+    return f"{side}x{side} -> {rows}x{columns}"
 
 
 def fit_state_dict(
@@ -200,14 +226,13 @@ def fit_state_dict(
     pos = fitted["pos_embed"]
     if pos.dim() == 3 and pos.shape[1] > MAX_TOKENS:
         raise CheckpointError(f"{where}: pos_embed has {pos.shape[1]} slots; at most {MAX_TOKENS} tokens are supported")
-    # An embedding of the right length is taken as it is: nothing in a file says whether its grid was another one.
-    if pos.dim() == 3 and pos.shape[2] == config.d_model and pos.shape[1] != config.seqlen and pos.shape[1] > 2:
+    if pos_embed_change(pos, config, pos_embed_resize):
         fitted["pos_embed"] = resize_pos_embed(pos.float(), config, pos_embed_resize)
     for name, value in fitted.items():
         if value.shape != expected[name].shape:
             mend = ""
             if name.startswith("head.") and value.dim():
-                mend = f"; pass num_classes={value.shape[0]}"
+                mend = f"; pass --num-classes {value.shape[0]} (num_classes={value.shape[0]})"
             elif name.startswith(("cls_token", "pos_embed")):
                 mend = "; is it another model size?"
             raise CheckpointError(f"{where}: {name} has shape {tuple(value.shape)}, {config.name!r} needs {tuple(expected[name].shape)}{mend}")

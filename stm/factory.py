@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from .checkpoint import Provenance, fit_state_dict, load_checkpoint, state_dict_sha256
+from .checkpoint import Provenance, fit_state_dict, load_checkpoint, pos_embed_change, state_dict_sha256
 from .config import ImageSize
 from .errors import ConfigError
 from .hub import fetch_published
@@ -37,7 +37,7 @@ def create_model(
         image_size: pixels, one number or (height, width); a checkpoint of another size gets its position embedding
             interpolated.
         ema: take the checkpoint's `model_ema`.
-        pos_embed_resize: "correct" or "official", see `resize_pos_embed`.
+        pos_embed_resize: "correct", "official" or "keep", see `resize_pos_embed`; `provenance` says what was interpolated.
         cls_only_last: compute only the class token in the last layer (exact).
 
     Returns:
@@ -61,7 +61,14 @@ def create_model(
         loaded = load_checkpoint(checkpoint, ema)
         state = fit_state_dict(model, config, loaded.state_dict, str(loaded.path), pos_embed_resize)
         model.load_state_dict({key: value.float().clone() for key, value in state.items()}, strict=True, assign=True)
-        provenance = Provenance(kind, f"{loaded.path.name} ({loaded.source})", loaded.sha256, pos_embed_resize=pos_embed_resize)
+        provenance = Provenance(
+            kind,
+            f"{loaded.path.name} ({loaded.source})",
+            loaded.sha256,
+            ema=ema,
+            pos_embed_resize=pos_embed_resize,
+            pos_embed_change=pos_embed_change(loaded.state_dict["pos_embed"], config, pos_embed_resize),
+        )
         for parameter in model.parameters():
             parameter.requires_grad_(True)
     else:

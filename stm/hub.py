@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -25,9 +26,14 @@ def fetch_published(name: str) -> tuple[Path, PublishedWeights]:
         from huggingface_hub import hf_hub_download
     except ImportError:
         raise MissingDependencyError(f"published weights need the package huggingface_hub: pip install huggingface_hub. {ways}") from None
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it logs each retry; our error says it once
     try:
         path = hf_hub_download(weights.repo, weights.filename, etag_timeout=float(os.environ.get("HF_HUB_ETAG_TIMEOUT", "10")))
     except Exception as error:  # huggingface_hub raises many kinds; each means that the file is not to be had
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
         raise MissingDependencyError(f"the published weights {weights.repo}/{weights.filename} cannot be had ({reason}). {ways}") from None
+    finally:
+        logger.setLevel(level)
     return Path(path), weights

@@ -323,12 +323,13 @@ def _check(plan: MergePlan) -> None:
         object.__setattr__(plan, "image_size", image_size_pair(plan.image_size))
     except ValueError as error:
         raise PlanError(f"plan {error}") from None
-    for name, low, high in (("seqlen", 3, MAX_TOKENS), ("depth", 1, 1024)):
+    spare = int(any(plan.layers.values()))  # a plan that merges has a token on each side of the class token; an empty one need not
+    for name, low, high in (("seqlen", 2 + spare, MAX_TOKENS), ("depth", 1, 1024)):
         value = _as_int(getattr(plan, name), name)
         if not low <= value <= high:
             raise PlanError(f"plan {name} is {value}; it must be {low}..{high}")
-    if not 1 <= _as_int(plan.cls_index, "cls_index") <= plan.seqlen - 2:
-        raise PlanError(f"plan cls_index is {plan.cls_index}; with {plan.seqlen} tokens it must be 1..{plan.seqlen - 2}")
+    if not spare <= _as_int(plan.cls_index, "cls_index") <= plan.seqlen - 1 - spare:
+        raise PlanError(f"plan cls_index is {plan.cls_index}; with {plan.seqlen} tokens it must be {spare}..{plan.seqlen - 1 - spare}")
     if plan.weights not in WEIGHT_MODES:
         raise PlanError(f"plan weights are {plan.weights!r}; choose from {', '.join(WEIGHT_MODES)}")
     if not isinstance(plan.proportional_decay, bool):
@@ -411,7 +412,9 @@ def constant_schedule(config: VimConfig, k: int, removed: int, *, one_sided: boo
     Raises:
         PlanError: the sides or the layers do not hold so many tokens.
     """
-    room = [config.cls_index - 1, config.seqlen - 2 - config.cls_index]
+    if not removed:
+        return {}
+    room = [max(0, config.cls_index - 1), max(0, config.seqlen - 2 - config.cls_index)]
     if one_sided:
         room[1] = 0
     if removed > sum(room):

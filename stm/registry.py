@@ -78,8 +78,8 @@ def model_entry(name: str) -> ModelEntry:
     key = _ALIASES.get(name, name)
     if key not in _MODELS:
         near = difflib.get_close_matches(name, _MODELS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"no model {name!r}{hint} Models: {', '.join(_MODELS)}")
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"no model {name!r}.{hint} Models: {', '.join(_MODELS)}")
     return _MODELS[key]
 
 

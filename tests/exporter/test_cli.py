@@ -160,7 +160,7 @@ def test_usage_errors_exit_with_2(arguments: list[str], capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "vim-tt"], ["no model 'vim-tt'", "did you mean 'vim-t'"]),
+        (["--model", "vim-tt"], ["no model 'vim-tt'", "Did you mean 'vim-t'"]),
         ([*RANDOM, "--rate", "0.2", "--plan", "stm-20"], ["--rate or --plan, not both"]),
         ([*RANDOM, "--plan", "stm-21"], ["'stm-21'", "stm-20"]),
         ([*RANDOM, "--plan", "missing.json"], ["missing.json"]),
@@ -326,7 +326,9 @@ def test_verify_with_the_right_and_the_wrong_checkpoint(tmp_path: Path, capsys: 
     assert export("--model", "vim-t", "--image-size", "64", "--checkpoint", right, "--ema", "--no-verify", "-o", path) == 0
     assert "checkpoint weights right.pth (model_ema)" in capsys.readouterr().out
     assert main(["verify", str(path), "--checkpoint", str(right), "--ema", "--batch", "1"]) == 0
-    assert main(["verify", str(path), "--checkpoint", str(right)]) == 9
+    assert main(["verify", str(path), "--checkpoint", str(right), "--batch", "1"]) == 0, "the file says that it took model_ema"
+    wrong = published(tmp_path / "wrong.pth", "vim-t", model=2, model_ema=1)
+    assert main(["verify", str(path), "--checkpoint", str(wrong)]) == 9
     assert "hash" in capsys.readouterr().err
     assert main(["verify", str(path)]) == 9
 

@@ -70,7 +70,7 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="no file"):
         inspect(tmp_path / "missing.onnx")
     for name, kind, wanted in (
-        ("bad.onnx", ArtefactError, "not an ONNX model"),
+        ("bad.onnx", ArtefactError, "as ONNX"),
         ("bad.json", PlanError, "not JSON"),
         ("bad.pth", CheckpointError, "cannot read|executed"),
         ("bad.safetensors", CheckpointError, "cannot read"),

@@ -13,13 +13,14 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from exporter import ArtefactError, ParityError, ParityReport, verify
+from exporter import ArtefactError, ParityError, ParityReport, inspect, verify
+from exporter.file_metadata import read_metadata
 from exporter.images import parity_inputs
 from exporter.onnx_export import export_onnx
 from exporter.parity import comparable_tensors, compare_logits, first_deviation, load_reference
 from exporter.runtimes.pytorch import TorchRunner
 from exporter.tolerances import TOLERANCES, tolerance
-from exporter.verification import read_metadata, verify_file
+from exporter.verification import verify_file
 from stm import make_plan
 
 from .conftest import Exported, small_model, small_plan
@@ -308,7 +309,7 @@ def test_reference_errors(tmp_path: Path, exported: Exported) -> None:
 
 
 def test_read_metadata_errors(tmp_path: Path, small_exported: Exported) -> None:
-    with pytest.raises(ArtefactError, match="cannot read"):
+    with pytest.raises(ArtefactError, match="no file"):
         read_metadata(tmp_path / "missing.onnx")
     (tmp_path / "text.onnx").write_text("hello")
     with pytest.raises(ArtefactError, match=r"cannot read|no stm metadata"):
@@ -337,15 +338,35 @@ def test_other_weights_than_the_file_s(exported: Exported, tmp_path: Path) -> No
     path = damaged(exported.proto, tmp_path / "other.onnx", weights_sha256="0" * 64)
     with pytest.raises(ArtefactError, match=r"hash is [0-9a-f]{16}.*made from 0{16}"):
         verify_file(path)
-    path = damaged(exported.proto, tmp_path / "trained.onnx", weights_random="false", weights="checkpoint weights vim.pth (model)")
+    path = damaged(exported.proto, tmp_path / "trained.onnx", weights_random="false", seed="null", weights="checkpoint weights vim.pth (model)")
     with pytest.raises(ArtefactError, match=r"checkpoint weights vim\.pth.*--checkpoint FILE, or --reference"):
         verify_file(path)
     with pytest.raises(ArtefactError, match="drop --checkpoint"):
         verify_file(exported.path, checkpoint=tmp_path / "any.pth")
 
 
-@pytest.mark.parametrize("values", [{"precision": None}, {"weights_random": "maybe"}, {"image_size": "7"}, {"precision": "fp7"}], ids=str)
-def test_damaged_metadata_is_an_artefact_error(small_exported: Exported, tmp_path: Path, values: dict[str, str | None]) -> None:
-    path = damaged(small_exported.proto, tmp_path / "damaged.onnx", **values)
-    with pytest.raises(ArtefactError):
+DAMAGES = (
+    {"precision": None},
+    {"precision": "xyz"},
+    {"weights_random": "maybe"},
+    {"image_size": "7"},
+    {"image_size": "[224]"},
+    {"image_size": "[224, 1e9]"},
+    {"config": '{"num_classes": 1000000000000}'},
+    {"config": "[]"},
+    {"seed": '"abc"'},
+    {"seed": "null"},
+    {"classes": "7"},
+    {"seqlen": "{"},
+    {"plan": "{"},
+)
+
+
+@pytest.mark.parametrize("values", DAMAGES, ids=str)
+def test_damaged_metadata_is_an_artefact_error(exported: Exported, tmp_path: Path, values: dict[str, str | None]) -> None:
+    """From a file that verifies as it is: what fails is the damage."""
+    path = damaged(exported.proto, tmp_path / "damaged.onnx", **values)
+    with pytest.raises(ArtefactError, match="metadata is damaged"):
         verify_file(path)
+    with pytest.raises(ArtefactError, match="metadata is damaged"):
+        inspect(path)

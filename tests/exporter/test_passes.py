@@ -12,6 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 from exporter import ExportError
 from exporter.onnx_export import trace
 from exporter.op_schema import DOMAIN
+from exporter.passes.detach_bodies import detach_bodies
+from exporter.passes.fold_weights import fold_weights
 from exporter.passes.name_tensors import SCOPES, module_of, name_tensors
 from exporter.passes.portable import portable
 from exporter.passes.strip_metadata import strip_metadata
@@ -187,3 +189,50 @@ def test_portable_leaves_other_graphs_alone() -> None:
 def test_portable_declines(op: str, inputs: int, version: int, wanted: str) -> None:
     with pytest.raises(ExportError, match=wanted):
         portable(ours(op, inputs, version=version))
+
+
+def weights_graph(op: str, value: np.ndarray, **attributes: object) -> onnx.ModelProto:
+    node = onnx.helper.make_node(op, ["w"], ["folded"], **attributes)
+    use = onnx.helper.make_node("Mul", ["x", "folded"], ["y"])
+    graph = onnx.helper.make_graph(
+        [node, use],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, None)],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(value, "w")],
+    )
+    return onnx.helper.make_model(graph)
+
+
+FOLDS = {"Exp": np.exp, "Neg": np.negative, "Transpose": np.transpose, "Squeeze": np.squeeze}
+
+
+@pytest.mark.parametrize("op", FOLDS)
+def test_fold_weights_computes_what_depends_on_weights_alone(op: str) -> None:
+    value = np.random.default_rng(0).standard_normal((2, 1, 20000), dtype=np.float32)
+    folded = fold_weights(weights_graph(op, value))
+    assert [node.op_type for node in folded.graph.node] == ["Mul"]
+    (constant,) = folded.graph.initializer
+    assert constant.name == "folded"
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(constant), FOLDS[op](value))
+
+
+def test_fold_weights_declines() -> None:
+    """An op of an input, an op it does not know, and an initializer that something else reads."""
+    model = weights_graph("Relu", np.ones(3, dtype=np.float32))
+    assert [node.op_type for node in fold_weights(model).graph.node] == ["Relu", "Mul"]
+    model = weights_graph("Exp", np.ones(3, dtype=np.float32))
+    model.graph.node[0].input[0] = "x"
+    assert [node.op_type for node in fold_weights(model).graph.node] == ["Exp", "Mul"]
+    model = weights_graph("Exp", np.ones(3, dtype=np.float32))
+    model.graph.node[1].input[0] = "w"
+    assert sorted(i.name for i in fold_weights(model).graph.initializer) == ["folded", "w"]
+
+
+def test_detach_bodies_drops_functions_and_nothing_else(traced: onnx.ModelProto) -> None:
+    graph = portable(gs.import_onnx(strip_metadata(name_tensors(fold_weights(copy(traced))))))
+    nodes = [node.name for node in graph.nodes]
+    assert graph.functions
+    detach_bodies(graph)
+    assert not graph.functions
+    assert [node.name for node in graph.nodes] == nodes

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import stm
+from stm.checkpoint import pos_embed_change, resize_pos_embed
 from tests.reference.weights import trained_like_
 
 State = dict[str, Tensor]
@@ -450,3 +451,22 @@ def test_unknown_way_is_an_error(tmp_path, state):
     path = save(tmp_path / "vim.pth", official(state))
     with pytest.raises(stm.StmError, match="correct"):  # the message lists the choices
         stm.create_model("vim-t", checkpoint=path, image_size=256, pos_embed_resize="nearest")
+
+
+def test_square_weights_on_another_grid_of_as_many_patches():
+    """14x14 = 7x28 = 196 patches: published weights are square, so they are interpolated, and the model says so."""
+    config = stm.VimConfig("vim-t", d_model=8, image_size=(112, 448))
+    pos = torch.randn(1, 197, 8)
+    assert pos_embed_change(pos, config, "correct") == "14x14 -> 7x28"
+    assert not torch.equal(resize_pos_embed(pos, config), pos)
+    assert pos_embed_change(pos, config, "keep") == ""
+    assert torch.equal(resize_pos_embed(pos, config, "keep"), pos)
+    assert pos_embed_change(pos, config.with_changes(image_size=(224, 224)), "correct") == ""
+    assert pos_embed_change(torch.randn(1, 13, 8), config.with_changes(image_size=(48, 64)), "correct") == ""  # 12: no square
+
+
+def test_provenance_says_what_was_interpolated(tmp_path):
+    torch.save(stm.create_model("vim-t").state_dict(), tmp_path / "t.pth")
+    model = stm.create_model("vim-t", checkpoint=tmp_path / "t.pth", image_size=(64, 96))
+    assert "interpolated 14x14 -> 4x6" in str(model.provenance)
+    assert "interpolated" not in str(stm.create_model("vim-t", checkpoint=tmp_path / "t.pth").provenance)

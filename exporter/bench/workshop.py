@@ -1,0 +1,247 @@
+"""Makes what a benchmark needs: models, ONNX files, engines, rivals; each once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import stm
+from stm import MergePlan, VisionMamba, model_config
+from stm.errors import ConfigError, MissingDependencyError
+
+from ..deploy import choose_plan
+from ..engine import BatchProfile, BuildOptions, build_engine, default_timing_cache, deserialize, gpu, load_engine, process
+from ..errors import ArtefactError
+from ..files import written_aside
+from .backends import DTYPES, Backend, EngineBackend, OnnxBackend, TorchBackend, release, require_cuda
+from .results import Case
+
+KINDS = ("eager", "compile", "mamba_ssm", "onnx", "onnx-cpu", "deit")
+FILE_SUFFIXES = (".engine", ".plan", ".onnx")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a case's artefacts are made from. `rate` labels the plan."""
+
+    model: str
+    rate: str
+    image_size: tuple[int, int]
+    precision: str
+    num_classes: int = 1000
+    seed: int = 0
+    plan: MergePlan | None = field(default=None, compare=False)
+
+    @classmethod
+    def of(cls, model: str, rate: str, image_size: tuple[int, int], precision: str) -> Spec:
+        """`rate` is a share of tokens ("0.2"), a preset ("stm-20") or a plan file.
+
+        Raises:
+            ConfigError, PlanError: no such model, or the plan does not fit it.
+        """
+        try:
+            share: float | None = float(rate)
+        except ValueError:
+            share = None
+        plan = choose_plan(model, image_size, rate=share) if share is not None else choose_plan(model, image_size, plan=rate)
+        return cls(model_config(model, image_size).name, rate, image_size, precision, plan=plan)
+
+    @classmethod
+    def from_metadata(cls, meta: dict[str, Any], label: str) -> Spec:
+        """From an engine's sidecar or an ONNX file's metadata."""
+        size = (int(meta["image_size"][0]), int(meta["image_size"][1]))
+        plan = MergePlan.from_dict(meta["plan"]) if meta["plan"] else None
+        seed = int(meta.get("seed") or 0)
+        return cls(str(meta["model"]), label if plan else "0", size, str(meta["precision"]), int(meta["num_classes"]), seed, plan)
+
+    def case(self, batch: int) -> Case:
+        seqlen = model_config(self.model, self.image_size).seqlen
+        return Case(self.model, self.rate, self.image_size, self.precision, batch, seqlen, self.plan.tokens_left if self.plan else seqlen)
+
+
+class Workshop:
+    """Keeps the last model, its ONNX and its modules on the device; engines lie in `folder`, under a hash of all that made them.
+
+    Args:
+        device: "cuda" or "cpu".
+        folder: where to keep engines; None builds them anew in every run.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        *,
+        folder: Path | None = None,
+        plugin_library: str | Path | None = None,
+        opt_level: int = 3,
+        timing_cache: Path | None = None,
+        show_progress: bool = False,
+    ) -> None:
+        self.device, self.folder, self.plugin_library = device, folder, plugin_library
+        self.opt_level, self.timing_cache, self.show_progress = opt_level, timing_cache, show_progress
+        self._kept: dict[tuple[Any, ...], Any] = {}
+        self._deit: dict[tuple[Any, ...], EngineBackend] = {}  # outlives clear(): the same for every rate
+
+    def clear(self) -> None:
+        """Forget models and engines, before the next spec."""
+        self._kept.clear()
+        release()
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def model(self, spec: Spec) -> VisionMamba:
+        """Random weights (speed does not depend on them), float32, on the CPU."""
+
+        def make() -> VisionMamba:
+            model = stm.create_model(spec.model, plan=spec.plan, image_size=spec.image_size, num_classes=spec.num_classes, seed=spec.seed)
+            return model.requires_grad_(False)
+
+        made: VisionMamba = self._once(("model", spec.model, spec.rate, spec.image_size), make)
+        return made
+
+    def weights(self, spec: Spec) -> str:
+        digest: str = self._once(("weights", spec.model, spec.rate, spec.image_size), lambda: stm.state_dict_sha256(self.model(spec).state_dict()))
+        return digest
+
+    def _on_device(self, spec: Spec, device: str, precision: str) -> VisionMamba:
+        import copy
+
+        made: VisionMamba = self._once(
+            ("device", spec.model, spec.rate, spec.image_size, device, precision),
+            lambda: copy.deepcopy(self.model(spec)).to(device).to(DTYPES[precision]),
+        )
+        return made
+
+    def _channel_first(self, spec: Spec, precision: str) -> nn.Module:
+        from .channel_first import ChannelFirstVim, mamba_ssm_ops
+
+        require_cuda("mamba_ssm")
+        made: nn.Module = self._once(
+            ("mamba_ssm", spec.model, spec.rate, spec.image_size, precision),
+            lambda: ChannelFirstVim(self._on_device(spec, "cuda", precision), mamba_ssm_ops()),
+        )
+        return made
+
+    def portable(self, spec: Spec) -> Any:
+        from ..onnx_export import export_onnx
+
+        return self._once(("onnx", spec.model, spec.rate, spec.image_size), lambda: export_onnx(self.model(spec)))
+
+    # --- engines ---------------------------------------------------------------------------------------------------------
+
+    def _built(self, lowered: Any, name: str, batch: BatchProfile) -> tuple[Any, int, str]:
+        """(engine, bytes of its plan, where it came from)."""
+        from ..libraries import load_plugin
+
+        library = load_plugin(self.plugin_library)
+        options = BuildOptions(batch=batch, opt_level=self.opt_level, timing_cache=self.timing_cache or default_timing_cache())
+        made_from = [process().trt.__version__, gpu(), library.sha256, asdict(batch), self.opt_level]
+        key = hashlib.sha256(lowered.SerializeToString(deterministic=True) + json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+        path = self.folder / f"{name}-{key}.engine" if self.folder is not None else None
+        if path is not None and path.is_file():
+            blob = path.read_bytes()
+            return deserialize(process(), blob), len(blob), f"engine from {path.name}"
+        blob, info = build_engine(lowered, options, plugin_library=self.plugin_library, show_progress=self.show_progress)
+        if path is not None:
+            with written_aside(path) as aside:
+                aside.write_bytes(blob)
+        built = f"built in {info.seconds:.0f} s{' with a warm timing cache' if info.cache_hits else ''}, Builder {info.builder_seconds:.0f} s apart"
+        return deserialize(process(), blob), len(blob), built
+
+    def engine(self, spec: Spec, batch: int) -> EngineBackend:
+        """Our engine, built for exactly this batch."""
+        from ..passes.tensorrt import lower_tensorrt
+
+        def make() -> EngineBackend:
+            lowered = lower_tensorrt(self.portable(spec), spec.precision)
+            name = f"{spec.model}-{Path(spec.rate).name.removesuffix('.json')}-{spec.case(batch).pixels}-{spec.precision}-b{batch}"
+            engine, size, origin = self._built(lowered, name, BatchProfile(batch, batch, batch))
+            return EngineBackend("engine", engine, spec.image_size, spec.precision, weights=self.weights(spec), engine_bytes=size, notes=(origin,))
+
+        made: EngineBackend = self._once(("engine", spec, batch), make)
+        return made
+
+    def deit(self, spec: Spec, batch: int) -> EngineBackend:
+        """DeiT of the same width, image size and precision, in TensorRT; no node of it is ours."""
+        from .deit import DeitConfig, deit_onnx
+
+        config = DeitConfig.like(model_config(spec.model, spec.image_size, spec.num_classes))
+
+        def make() -> EngineBackend:
+            name = f"{config.name}-{spec.case(batch).pixels}-{spec.precision}-b{batch}"
+            lowered = deit_onnx(config, spec.precision, batch)
+            engine, size, origin = self._built(lowered, name, BatchProfile(batch, batch, batch))
+            text = str(engine.create_engine_inspector().get_engine_information(process().trt.LayerInformationFormat.JSON))
+            fused = "attention fused" if "mha" in text.lower() else "attention NOT fused by TensorRT"
+            return EngineBackend("deit", engine, spec.image_size, spec.precision, engine_bytes=size, notes=(config.name, fused, origin))
+
+        key = (config, spec.precision, batch)
+        if key not in self._deit:
+            self._deit[key] = make()
+        return self._deit[key]
+
+    def file(self, path: Path) -> tuple[Backend, Spec]:
+        """A file as a backend, and what it was made from.
+
+        Raises:
+            ArtefactError: not ours, or of another machine.
+            MissingDependencyError: an engine, and no TensorRT or GPU here.
+        """
+        if path.suffix == ".onnx":
+            from ..file_metadata import read_metadata
+
+            meta = read_metadata(path)
+            spec = Spec.from_metadata(meta, path.stem)
+            return OnnxBackend(path.name, path, spec.image_size, self.device, str(meta["weights_sha256"])), spec
+        if path.suffix not in FILE_SUFFIXES:
+            raise ConfigError(f"{path}: bench times .engine, .plan and .onnx files")
+        engine, meta = self._once(("file", path), lambda: load_engine(path, self.plugin_library))
+        spec = Spec.from_metadata(meta, path.stem)
+        size = int(meta.get("engine_bytes", path.stat().st_size))
+        return EngineBackend(path.name, engine, spec.image_size, spec.precision, weights=str(meta["weights_sha256"]), engine_bytes=size), spec
+
+    # --- rivals ----------------------------------------------------------------------------------------------------------
+
+    def rival(self, kind: str, spec: Spec, batch: int) -> Backend:
+        """A backend by its name on the command line, for the same case.
+
+        Raises:
+            ConfigError: no such rival. MissingDependencyError: not here. ArtefactError: a file of another image size.
+        """
+        size, device = spec.image_size, self.device
+        precision = spec.precision if device == "cuda" else "fp32"
+        if kind in ("eager", "compile"):
+            return TorchBackend(
+                kind, lambda: self._on_device(spec, device, precision), size, device, precision, self.weights(spec), compiled=kind == "compile"
+            )
+        if kind == "mamba_ssm":
+            return TorchBackend(kind, lambda: self._channel_first(spec, precision), size, "cuda", precision, self.weights(spec))
+        if kind in ("onnx", "onnx-cpu"):
+            where = "cpu" if kind == "onnx-cpu" else device
+            return OnnxBackend(kind, lambda: self.portable(spec).SerializeToString(), size, where, self.weights(spec))
+        if kind == "deit":
+            if device != "cuda":
+                raise MissingDependencyError("DeiT is timed as a TensorRT engine, which needs an NVIDIA GPU")
+            return self.deit(spec, batch)
+        if kind.endswith(FILE_SUFFIXES):
+            backend, other = self.file(Path(kind))
+            if other.image_size != size:
+                raise ArtefactError(f"{kind} is for images of {other.case(1).pixels} pixels, the subject for {spec.case(1).pixels}")
+            return backend
+        raise ConfigError(f"no rival {kind!r}; choose from {', '.join(KINDS)}, or name an .engine or .onnx file")
+
+    def subject(self, runtime: str, spec: Spec, batch: int) -> Backend:
+        if runtime == "engine":
+            return self.engine(spec, batch)
+        if runtime in ("onnx", "eager"):
+            return self.rival(runtime, spec, batch)
+        raise ConfigError(f"runtime is {runtime!r}; choose from engine, onnx, eager")
