@@ -2,12 +2,12 @@
 # All GPU checks in one call, on a machine with an NVIDIA GPU, nvcc, cmake, TensorRT (Python package and library) and its
 # headers: builds the libraries, runs the kernel test, the sanitizers, every test marked `gpu`, and prints short tables last.
 #   usage: tests/gpu.sh [OUT]        OUT: folder for logs and rows.jsonl (default build/gpu)
-#   TENSORRT_INCLUDE_DIR: TensorRT's headers.  STM_GPU_PARTS: what to run (default "engines latency kernels sanitizers")
+#   TENSORRT_INCLUDE_DIR: TensorRT's headers.  STM_GPU_PARTS: what to run (default "engines latency bench kernels sanitizers")
 # Parity and build tests run in four processes at once; what is timed runs alone, after them.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "${1:-build/gpu}" && cd "${1:-build/gpu}" && pwd)
-parts=" ${STM_GPU_PARTS:-engines latency kernels sanitizers} "
+parts=" ${STM_GPU_PARTS:-engines latency bench kernels sanitizers} "
 include=${TENSORRT_INCLUDE_DIR:?set TENSORRT_INCLUDE_DIR to the folder of NvInfer.h}
 : > "$out/summary.txt"; rm -f "$out/rows.jsonl" "$out/failed"
 note() { printf '%-20s %s\n' "$1" "$2" | tee -a "$out/summary.txt"; }
@@ -43,6 +43,7 @@ case "$parts" in *" engines "*)
   wait ;;
 esac
 case "$parts" in *" latency "*) step latency gpu_tests tests/gpu/test_latency.py ;; esac
+case "$parts" in *" bench "*) step bench gpu_tests tests/gpu/test_bench.py ;; esac
 case "$parts" in *" kernels "*)
   step kernels "$kernel_test"
   step kernel-times "$kernel_test" --time ;;
