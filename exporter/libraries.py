@@ -29,7 +29,7 @@ BUILD_FOLDER = Path(__file__).resolve().parents[1] / "build"  # `cmake -B build`
 ENVIRONMENT = "STM_PLUGIN_LIBRARY"
 
 GET_TENSORRT = (
-    "Get it with `pip install 'tensorrt-cu13>=10.6'` (or tensorrt-cu12), a TensorRT tarball, or an nvcr.io/nvidia/tensorrt container. "
+    "Get it with `pip install 'tensorrt-cu13>=10.6'` (or tensorrt-cu12), a TensorRT tarball, or NVIDIA's TensorRT container. "
     "Without TensorRT, export to .onnx works: `stm-export ... -o vim.onnx`."
 )
 _GET_PLUGIN = (
