@@ -5,8 +5,9 @@ Every command of the `stm` CLI is one call here.
 Names load on first use: `stm --help` answers at once, and verifying against saved outputs needs no torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from stm.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .deploy import ExportResult as ExportResult
@@ -38,15 +39,4 @@ _HOMES = {
 }
 
 __all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -25,6 +25,8 @@ from stm.errors import ConfigError, MissingDependencyError
 
 from .errors import ArtefactError, BuildError, PluginError
 from .files import written_aside
+from .gpus import Gpu, driver
+from .libraries import load_plugin, tensorrt_module
 from .op_schema import INPUT, OUTPUT
 from .passes.tensorrt import plugin_nodes
 
@@ -77,7 +79,6 @@ def _shape_batch(text: str, image_size: tuple[int, int]) -> int:
 def default_timing_cache() -> Path:
     """One timing cache a user, TensorRT version and GPU; XDG_CACHE_HOME is honoured."""
     trt = require_tensorrt()
-    require_gpu()
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "stm" / f"timing-trt{trt.__version__}-sm{gpu()['sm']}.cache"
 
@@ -122,44 +123,27 @@ def require_tensorrt() -> Any:
         MissingDependencyError: it is not installed, or its library does not load; says what still works.
     """
     try:
-        import tensorrt
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"TensorRT's Python package is missing ({error}). Engines need it: pip install tensorrt-cu12, "
-            f"or NVIDIA's tarball or container. {_WITHOUT}"
-        ) from None
-    return tensorrt
+        return tensorrt_module()
+    except MissingDependencyError as error:
+        raise MissingDependencyError(f"{error} {_WITHOUT}") from None
 
 
-def require_gpu() -> None:
-    """Check the driver before a Builder is made: without one, TensorRT ends the process instead of raising.
+def require_gpu() -> Gpu:
+    """The first GPU. Ask before a Builder is made: without a driver, TensorRT ends the process instead of raising.
 
     Raises:
         MissingDependencyError: no NVIDIA driver or no GPU.
     """
-    import ctypes
-
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        raise MissingDependencyError(f"no NVIDIA driver here (libcuda.so.1). Engines are built and run on a GPU. {_WITHOUT}") from None
-    count = ctypes.c_int(0)
-    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value < 1:
-        raise MissingDependencyError(f"the NVIDIA driver is here but no GPU. Engines are built and run on one. {_WITHOUT}")
+    found = driver(with_version=False)
+    if not found.gpus:
+        raise MissingDependencyError(f"engines are built and run on a GPU: {found.problem}. {_WITHOUT}")
+    return found.gpus[0]
 
 
 def gpu() -> dict[str, str]:
-    """Name and compute capability of the first GPU, through the driver alone."""
-    import ctypes
-
-    cuda = ctypes.CDLL("libcuda.so.1")
-    cuda.cuInit(0)
-    device, name, major, minor = ctypes.c_int(0), ctypes.create_string_buffer(256), ctypes.c_int(), ctypes.c_int()
-    cuda.cuDeviceGet(ctypes.byref(device), 0)
-    cuda.cuDeviceGetName(name, 256, device)
-    cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device)  # COMPUTE_CAPABILITY_MAJOR
-    cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
-    return {"name": name.value.decode(), "sm": f"{major.value}.{minor.value}"}
+    """Name and compute capability of the first GPU, as the sidecar has them."""
+    first = require_gpu()
+    return {"name": first.name, "sm": ".".join(map(str, first.compute_capability))}
 
 
 class _Process:
@@ -263,8 +247,6 @@ def build_engine(
         PluginError: the parser did not find the plugin, or a node that is ours is run by something else.
         BuildError: TensorRT refuses; its messages are quoted.
     """
-    from .libraries import load_plugin
-
     owner = process()
     trt = owner.trt
     require_gpu()
@@ -525,7 +507,5 @@ def load_engine(engine: str | Path, plugin_library: str | Path | None = None) ->
     if build.get("version_compatible"):
         owner.runtime.engine_host_code_allowed = True
     if not (sidecar.get("plugin") or {}).get("embedded"):
-        from .libraries import load_plugin
-
         load_plugin(plugin_library)
     return deserialize(owner, blob), sidecar

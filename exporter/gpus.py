@@ -54,9 +54,9 @@ class Driver:
     problem: str = ""
 
 
-def driver() -> Driver:
-    """Ask the driver; never raises, never creates a CUDA context."""
-    version = _version()
+def driver(with_version: bool = True) -> Driver:
+    """Ask the driver; never raises, never creates a CUDA context. The driver's version costs a run of nvidia-smi."""
+    version = _version() if with_version else ""
     try:
         cuda = ctypes.CDLL(_LIBCUDA)
         status = cuda.cuInit(0)
