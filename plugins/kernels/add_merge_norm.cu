@@ -3,6 +3,7 @@
 #include "add_merge_norm.h"
 
 #include "device.cuh"
+#include "launch.cuh"
 
 namespace stm {
 namespace {
@@ -43,6 +44,8 @@ __global__ __launch_bounds__(Traits::kThreads) void warp_norm_kernel(const __gri
   constexpr int kVectors = Traits::kVectors;
   const int lane = threadIdx.x % 32, d = p.d_model;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * Traits::kWarps + threadIdx.x / 32;
+  wait_for_previous();
+  let_next_start();
   if (token >= static_cast<int64_t>(p.batch) * p.seqlen_out) return;
   const int b = static_cast<int>(token / p.seqlen_out), t = static_cast<int>(token % p.seqlen_out);
   const float* residual = p.residual + static_cast<int64_t>(b) * p.seqlen_in * d;
@@ -132,8 +135,7 @@ template <typename T, int kVectors>
 cudaError_t launch_warp(const AddMergeNormParams& p, int64_t tokens, cudaStream_t stream) {
   using Traits = WarpNormTraits<T, kVectors>;
   const int64_t blocks = (tokens + Traits::kWarps - 1) / Traits::kWarps;
-  warp_norm_kernel<Traits><<<static_cast<unsigned>(blocks), Traits::kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch_dependent<warp_norm_kernel<Traits>>(static_cast<unsigned>(blocks), Traits::kThreads, 0, stream, p);
 }
 
 template <typename T>

@@ -9,7 +9,7 @@ template <typename T, int kTokens>
 __device__ __forceinline__ void dt_proj(const T* weight, const T* rows, const int64_t (&offset)[kTokens], int dt_rank,
                                         float (&acc)[kTokens]) {
   if (dt_rank % 4 == 0) {
-#pragma unroll 1
+#pragma unroll 3
     for (int r = 0; r < dt_rank; r += 4) {
       const float4 w = load4(weight + r);
 #pragma unroll

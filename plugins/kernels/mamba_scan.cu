@@ -83,8 +83,8 @@ cudaError_t mamba_scan(const MambaScanParams& p, MambaScanTactic tactic, cudaStr
     case MambaScanTactic::kWalkMmaTwoPass: break;  // number reserved
     case MambaScanTactic::kAdaptive: break;        // resolved above
   }
-  if (status != cudaSuccess || p.weight_mode == WeightMode::kNone || p.nb_pairs == 0) return status;
-  return merge_weights(p, stream);
+  // The other kernels carry the merge weights in their own grid.
+  return status == cudaSuccess && tactic == MambaScanTactic::kSimple ? merge_weights(p, stream) : status;
 }
 
 }  // namespace stm

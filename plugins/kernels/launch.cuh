@@ -1,0 +1,59 @@
+// launch.cuh: programmatic dependent launch, so that a kernel's start and first loads hide behind the end of the one before.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <cstddef>
+#include <utility>
+
+namespace stm {
+
+// A kernel launched by launch_dependent may start while the one before it in the stream still runs. Before
+// wait_for_previous() it may read only what no kernel writes (weights, tables), and write nothing; every block must call
+// it, because later kernels count on "this one has ended" meaning "all before it have".
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel may start once every block has said so (or ended). It sees nothing of this one until its own wait.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Whether the code that this device runs for the kernel has the wait: compiled for sm_90 or later, and the device is one.
+// Asked once a kernel and device.
+template <auto kKernel>
+bool can_overlap() {
+  constexpr int kDevices = 64;
+  static std::atomic<signed char> known[kDevices];  // 0 not asked, 1 no, 2 yes
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+  signed char answer = known[device].load(std::memory_order_relaxed);
+  if (answer == 0) {
+    cudaFuncAttributes attributes{};
+    int major = 0;
+    const bool asked = cudaFuncGetAttributes(&attributes, kKernel) == cudaSuccess &&
+                       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess;
+    answer = asked && major >= 9 && attributes.ptxVersion >= 90 ? 2 : 1;
+    known[device].store(answer, std::memory_order_relaxed);
+  }
+  return answer == 2;
+}
+
+// launch_dependent<kernel>(grid, block, shared bytes, stream, arguments...)
+template <auto kKernel, typename... Arguments>
+cudaError_t launch_dependent(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = can_overlap<kKernel>() ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kKernel, std::forward<Arguments>(arguments)...);
+}
+
+}  // namespace stm
