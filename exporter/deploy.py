@@ -238,7 +238,7 @@ def export(
                 del proto
                 clock = timed("write", clock)
             if engine:
-                loaded = deserialize(process(), blob)
+                loaded = deserialize(process(), blob, options.version_compatible)
                 result.timing = engine_latency(loaded, options.batch, model.config.image_size)
                 clock = timed("time", clock)
             if verify_output:

@@ -164,7 +164,6 @@ class _Process:
 
         self.trt, self.logger = trt, Logger()
         self._builder: Any = None
-        self._runtime: Any = None
 
     @property
     def builder(self) -> Any:
@@ -172,13 +171,6 @@ class _Process:
             require_gpu()
             self._builder = self.trt.Builder(self.logger)
         return self._builder
-
-    @property
-    def runtime(self) -> Any:
-        if self._runtime is None:
-            require_gpu()
-            self._runtime = self.trt.Runtime(self.logger)
-        return self._runtime
 
 
 _process: _Process | None = None
@@ -301,7 +293,7 @@ def build_engine(
     if options.timing_cache is not None:
         with written_aside(options.timing_cache) as aside:
             aside.write_bytes(bytes(cache.serialize()))
-    layers, memory = _layers_of(owner, blob)
+    layers, memory = _layers_of(deserialize(owner, blob, options.version_compatible), trt)
     expected = plugin_nodes(model)
     ours = [name for name in expected if any(name == layer["name"] and layer["plugin"] for layer in layers)]
     if missing := sorted(set(expected) - set(ours)):
@@ -319,11 +311,8 @@ def build_engine(
     )
 
 
-def _layers_of(owner: _Process, blob: bytes) -> tuple[list[dict[str, Any]], int]:
-    engine = deserialize(owner, blob)
-    return engine_layers(engine, owner.trt), int(
-        engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size
-    )
+def _layers_of(engine: Any, trt: Any) -> tuple[list[dict[str, Any]], int]:
+    return engine_layers(engine, trt), int(engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size)
 
 
 def engine_layers(engine: Any, trt: Any) -> list[dict[str, Any]]:
@@ -351,12 +340,18 @@ def engine_layers(engine: Any, trt: Any) -> list[dict[str, Any]]:
     return found
 
 
-def deserialize(owner: _Process, blob: bytes) -> Any:
-    """Raises:
-    ArtefactError: this TensorRT or GPU cannot load the plan; quotes its reason.
+def deserialize(owner: _Process, blob: bytes, host_code: bool = False) -> Any:
+    """Load a plan in a runtime of its own: plugins embedded in a plan stay in its runtime's registry, where a second such plan
+    would be refused. `host_code` allows code in the plan (version-compatible ones carry some).
+
+    Raises:
+        ArtefactError: this TensorRT or GPU cannot load the plan; quotes its reason.
     """
+    require_gpu()
     owner.logger.lines.clear()
-    engine = owner.runtime.deserialize_cuda_engine(blob)
+    runtime = owner.trt.Runtime(owner.logger)  # the engine keeps it alive
+    runtime.engine_host_code_allowed = host_code
+    engine = runtime.deserialize_cuda_engine(blob)
     if engine is None:
         raise ArtefactError(f"TensorRT {owner.trt.__version__} cannot load the engine: {'; '.join(owner.logger.lines[-3:])[:800]}")
     return engine
@@ -504,8 +499,6 @@ def load_engine(engine: str | Path, plugin_library: str | Path | None = None) ->
     blob = path.read_bytes()
     check_fits_machine(path, sidecar, blob, owner.trt.__version__, gpu())
     build = sidecar.get("build") or {}
-    if build.get("version_compatible"):
-        owner.runtime.engine_host_code_allowed = True
     if not (sidecar.get("plugin") or {}).get("embedded"):
         load_plugin(plugin_library)
-    return deserialize(owner, blob), sidecar
+    return deserialize(owner, blob, host_code=bool(build.get("version_compatible"))), sidecar

@@ -122,6 +122,19 @@ def test_embedded_plugin_runs_in_a_process_that_never_loaded_it(builder, work):
     assert ran.returncode == 0, f"exit {ran.returncode}: {ran.stdout[-500:]} {ran.stderr[-2000:]}"
 
 
+def test_two_embedded_plans_live_in_one_process(builder):
+    """Each plan brings the same creators: one registry would refuse the second."""
+    engine, _, _, blob, _ = builder(CASE, "fp16", embed_plugins=True)
+    second = deserialize(process(), blob)
+    images = feeds((5,))[0]
+    np.testing.assert_array_equal(infer(second, images), infer(engine, images))
+
+
+def test_hardware_compatible_engine_computes_the_same(builder, torch_model):
+    engine, lowered, _, _, options = builder(CASE, "fp16", hardware_compatible=True)
+    assert verify_engine(engine, lowered, torch_model(CASE), "fp16", options)
+
+
 def test_a_node_without_plugin_is_exit_code_6(builder, monkeypatch):
     _, lowered, _, _, options = builder(CASE, "fp16")
     renamed = onnx.ModelProto()
