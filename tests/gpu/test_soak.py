@@ -1,0 +1,75 @@
+"""A bounded soak: two threads, each with contexts and a stream of its own, random batches, every answer compared bit for bit with
+the first of its batch, contexts made and dropped on the way, memory watched. STM_GPU_SOAK_SECONDS says how long (default 60)."""
+
+import os
+import random
+import threading
+import time
+
+import torch
+
+CASE = ("vim-t", 0.2, (224, 224))
+MAX_BATCH = 64
+RUNS_A_CONTEXT = 200
+
+
+class Client:
+    """One thread's endless stream of requests."""
+
+    def __init__(self, engine, images, expected, seed, until):
+        self.engine, self.images, self.expected, self.until = engine, images, expected, until
+        self.random, self.stream, self.runs, self.wrong = random.Random(seed), torch.cuda.Stream(), 0, []
+
+    def run(self):
+        context = None
+        while time.monotonic() < self.until and not self.wrong:
+            if self.runs % RUNS_A_CONTEXT == 0:
+                context = self.engine.create_execution_context()
+            batch = self.random.randint(1, MAX_BATCH)
+            logits = answer(context, self.images, batch, self.stream)
+            if not torch.equal(logits, self.expected[batch]):
+                self.wrong.append((self.runs, batch))
+            self.runs += 1
+
+
+def answer(context, images, batch, stream):
+    with torch.cuda.stream(stream):
+        logits = torch.full((batch, 1000), float("nan"), device="cuda")
+        context.set_input_shape("images", (batch, *images.shape[1:]))
+        context.set_tensor_address("images", images.data_ptr())
+        context.set_tensor_address("logits", logits.data_ptr())
+        assert context.execute_async_v3(stream.cuda_stream)
+    stream.synchronize()
+    return logits
+
+
+def test_soak(builder, record):
+    seconds = float(os.environ.get("STM_GPU_SOAK_SECONDS", "60"))
+    engine = builder(CASE, "fp16")[0]
+    images = torch.randn(MAX_BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0)).cuda()
+    stream = torch.cuda.Stream()
+    context = engine.create_execution_context()
+    expected = {batch: answer(context, images, batch, stream) for batch in range(1, MAX_BATCH + 1)}
+    assert all(bool(torch.isfinite(logits).all()) for logits in expected.values())
+    free = []
+    runs = 0
+    start = time.monotonic()
+    for leg in range(4):  # memory is compared between legs, when nothing runs: the first warms the allocators up
+        until = start + seconds * (leg + 1) / 4
+        clients = [Client(engine, images, expected, 2 * leg + i, until) for i in range(2)]
+        threads = [threading.Thread(target=client.run) for client in clients]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for client in clients:
+            assert not client.wrong, f"request {client.wrong[0][0]}, batch {client.wrong[0][1]}: another answer than the first time"
+            assert client.runs, "a client never ran"
+            runs += client.runs
+        del clients, threads
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        free.append(torch.cuda.mem_get_info()[0])
+    lost = (free[0] - free[-1]) / 2**20
+    record("soak", model=CASE[0], seconds=round(time.monotonic() - start), requests=runs, lost_mib=round(lost, 1))
+    assert lost < 64, f"{lost:.0f} MiB of GPU memory went in three quarters of the soak"
