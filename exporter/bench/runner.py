@@ -173,8 +173,8 @@ def bench(
         precisions: default fp16 for engines, fp32 otherwise.
         batches: default: an engine file's profile (least, best, most); 1 and 128 for engines to build; 1 otherwise.
         runtime: what runs a model to build: engine, onnx or eager.
-        vs: rivals: eager, compile, mamba_ssm, onnx, onnx-cpu, deit, or .engine/.onnx files. One that cannot run here is
-            skipped with its reason.
+        vs: rivals: eager, compile, mamba_ssm, onnx, onnx-cpu, deit, engine@N (our engine on pieces of N images), or
+            .engine/.onnx files. One that cannot run here is skipped with its reason.
         launch: on a GPU in a CUDA graph, as plain launches, or both.
         profile: time of each node of an engine, grouped by torch module, with floors.
         max_ratio: gate: subject / rival at most this, for every rival and case. Look at `result.failures`, or call `result.check()`.
@@ -213,11 +213,11 @@ def bench(
     if not engine and precisions is not None and set(precisions) - {"fp32"} and runtime == "onnx":
         raise ConfigError(f"precision is {', '.join(precisions)}; a portable .onnx is fp32. Engines take fp16 and bf16")
 
-    from .workshop import KINDS, Workshop
+    from .workshop import KINDS, Workshop, piece_of
 
     for rival in vs:
-        if rival not in KINDS and not rival.endswith((".engine", ".plan", ".onnx")):
-            raise ConfigError(f"no rival {rival!r}; choose from {', '.join(KINDS)}, or name an .engine or .onnx file")
+        if rival not in KINDS and piece_of(rival) is None and not rival.endswith((".engine", ".plan", ".onnx")):
+            raise ConfigError(f"no rival {rival!r}; choose from {', '.join(KINDS)}, engine@N, or name an .engine or .onnx file")
     chosen = _device(device, engine, path is not None or runtime == "onnx")
     folder = Path(output) if output is not None else None
     workshop = Workshop(

@@ -26,6 +26,12 @@ KINDS = ("eager", "compile", "mamba_ssm", "onnx", "onnx-cpu", "deit")
 FILE_SUFFIXES = (".engine", ".plan", ".onnx")
 
 
+def piece_of(kind: str) -> int | None:
+    """32 of the rival "engine@32", our engine on pieces of 32 images; None for another name."""
+    name, at, piece = kind.partition("@")
+    return int(piece) if name == "engine" and at and piece.isdecimal() and int(piece) > 0 else None
+
+
 @dataclass(frozen=True)
 class Spec:
     """What a case's artefacts are made from. `rate` labels the plan."""
@@ -157,17 +163,19 @@ class Workshop:
         built = f"built in {info.seconds:.0f} s{' with a warm timing cache' if info.cache_hits else ''}, Builder {info.builder_seconds:.0f} s apart"
         return deserialize(process(), blob), len(blob), built
 
-    def engine(self, spec: Spec, batch: int) -> EngineBackend:
-        """Our engine, built for exactly this batch."""
+    def engine(self, spec: Spec, batch: int, name: str = "engine", piece: int | None = None) -> EngineBackend:
+        """Our engine, built for exactly this batch, or for pieces of it."""
         from ..passes.tensorrt import lower_tensorrt
 
         def make() -> EngineBackend:
             lowered = lower_tensorrt(self.portable(spec), spec.precision)
-            name = f"{spec.model}-{Path(spec.rate).name.removesuffix('.json')}-{spec.case(batch).pixels}-{spec.precision}-b{batch}"
-            engine, size, origin = self._built(lowered, name, BatchProfile(batch, batch, batch))
-            return EngineBackend("engine", engine, spec.image_size, spec.precision, weights=self.weights(spec), engine_bytes=size, notes=(origin,))
+            each = piece or batch
+            stem = f"{spec.model}-{Path(spec.rate).name.removesuffix('.json')}-{spec.case(batch).pixels}-{spec.precision}-b{each}"
+            engine, size, origin = self._built(lowered, stem, BatchProfile(each, each, each))
+            weights = self.weights(spec)
+            return EngineBackend(name, engine, spec.image_size, spec.precision, weights=weights, engine_bytes=size, notes=(origin,), piece=piece)
 
-        made: EngineBackend = self._once(("engine", spec, batch), make)
+        made: EngineBackend = self._once(("engine", spec, batch, piece), make)
         return made
 
     def deit(self, spec: Spec, batch: int) -> EngineBackend:
@@ -232,6 +240,8 @@ class Workshop:
             if device != "cuda":
                 raise MissingDependencyError("DeiT is timed as a TensorRT engine, which needs an NVIDIA GPU")
             return self.deit(spec, batch)
+        if (piece := piece_of(kind)) is not None:
+            return self.engine(spec, batch, kind, piece)
         if kind.endswith(FILE_SUFFIXES):
             backend, other = self.file(Path(kind))
             if other.image_size != size:
