@@ -177,9 +177,25 @@ def markdown(result: BenchResult, plots: Sequence[str] = ()) -> str:
         out += ["", "### Not measured", "", *_table(["case", "backend", "reason"], [[str(s.case), s.backend, s.reason] for s in result.skipped])]
     for profile in result.profiles:
         out += ["", f"### Where the time goes: {profile['case']}", "", *_profile_table(profile)]
+    out += _estimates(result)
     if plots:
         out += ["", *(f"![{Path(plot).stem.replace('-', ' ')}]({plot})" for plot in plots)]
     return "\n".join(out) + "\n"
+
+
+def _estimates(result: BenchResult) -> list[str]:
+    from .estimates import estimate_rows
+
+    medians = {str(m.case): m.median_ms for m in result.measurements if m.backend == "engine" and m.launch == "graph"}
+    rows = estimate_rows(result.profiles, medians)
+    if not rows:
+        return []
+    text = (
+        "ESTIMATES, not measurements: each module of the profiles above stays as many times its floor as it was here, with the other "
+        "card's ceilings (data sheets, times the share that this card reaches of its own). The second figure counts half the FP32 lanes "
+        "of an sm_80 multiprocessor against the scan."
+    )
+    return ["", "### Other cards, estimated", "", text, "", *_table(["case", "card", "ms (estimate)", "times this card"], rows)]
 
 
 def _profile_table(profile: dict[str, Any]) -> list[str]:

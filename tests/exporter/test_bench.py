@@ -437,3 +437,37 @@ def test_nodes_are_grouped_by_module_and_layer() -> None:
     assert "layers.*.mixer.mamba_scan" in "\n".join(shown.lines())
     assert "Where the time goes" in markdown(shown)
     json.dumps(shown.to_dict())
+
+
+# --- estimates -----------------------------------------------------------------------------------------------------------------
+
+
+def profile_of(**work: float) -> dict[str, Any]:
+    from exporter.bench.profile import KNOWN, Work
+
+    top = KNOWN["NVIDIA H100 80GB HBM3"]
+    floor, bound = Work(**work).floor_us(top)
+    row = {"module": "m", "us": 2 * floor, "floor_us": floor, "bound": bound, "work": {"bytes": 0.0, "mufu": 0.0, "tensor": 0.0, **work}}
+    return {"case": "c", "ceilings": {"source": top.source}, "modules": [row]}
+
+
+def test_estimates_scale_with_the_ceiling_that_binds() -> None:
+    from exporter.bench.estimates import CARDS, MEASURED, estimate
+
+    a100, orin = CARDS[0], CARDS[3]
+    low, high = estimate(profile_of(bytes=1e9), 1.0, a100) or (0, 0)
+    assert low == high == pytest.approx(MEASURED.bytes / a100.bytes)
+    low, high = estimate(profile_of(mufu=1e9), 3.0, a100) or (0, 0)
+    assert low == pytest.approx(3 * 132 * 1.98 / (108 * 1.41))
+    assert high == pytest.approx(2 * low), "half the FP32 lanes"
+    low, high = estimate(profile_of(tensor=1e12), 1.0, orin) or (0, 0)
+    assert low == high == pytest.approx(989 / 42.5)
+
+
+def test_nothing_is_estimated_from_launches_or_another_card() -> None:
+    from exporter.bench.estimates import CARDS, estimate, estimate_rows
+
+    assert estimate(profile_of(bytes=10.0), 1.0, CARDS[0]) is None
+    assert estimate({**profile_of(bytes=1e9), "ceilings": {"source": "copy measured here"}}, 1.0, CARDS[0]) is None
+    assert estimate_rows([profile_of(bytes=1e9)], {}) == []
+    assert len(estimate_rows([profile_of(bytes=1e9)], {"c": 1.0})) == len(CARDS)
