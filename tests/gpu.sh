@@ -2,12 +2,13 @@
 # All GPU checks in one call, on a machine with an NVIDIA GPU, nvcc, cmake, TensorRT (Python package and library) and its
 # headers: builds the libraries, runs the kernel test, the sanitizers, every test marked `gpu`, and prints short tables last.
 #   usage: tests/gpu.sh [OUT]        OUT: folder for logs and rows.jsonl (default build/gpu)
-#   TENSORRT_INCLUDE_DIR: TensorRT's headers.  STM_GPU_PARTS: what to run (default "engines latency bench kernels sanitizers")
-# Parity and build tests run in four processes at once; what is timed runs alone, after them.
+#   TENSORRT_INCLUDE_DIR: TensorRT's headers.  STM_GPU_PARTS: what to run (default "engines accuracy soak latency bench kernels
+#   sanitizers").  STM_GPU_SOAK_SECONDS: how long the soaks last (default 60)
+# Parity, build and soak tests run in a dozen processes at once; what is timed runs alone, after them.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "${1:-build/gpu}" && cd "${1:-build/gpu}" && pwd)
-parts=" ${STM_GPU_PARTS:-engines latency bench kernels sanitizers} "
+parts=" ${STM_GPU_PARTS:-engines accuracy soak latency bench kernels sanitizers} "
 include=${TENSORRT_INCLUDE_DIR:?set TENSORRT_INCLUDE_DIR to the folder of NvInfer.h}
 : > "$out/summary.txt"; rm -f "$out/rows.jsonl" "$out/failed"
 note() { printf '%-20s %s\n' "$1" "$2" | tee -a "$out/summary.txt"; }
@@ -32,16 +33,23 @@ export STM_GPU_ENGINE=$out/sample/vim.engine STM_GPU_REFERENCE=$out/sample/vim.r
 samples() {
   step export python3 -m exporter export --model vim-t --weights random --rate 0.2 --batch 1:8:64 --opt-level 1 -o "$STM_GPU_ENGINE"
   step samples gpu_tests tests/samples
-  STM_GPU_MODELS=vim-t step engine-build gpu_tests tests/gpu/test_engine_build.py
+  STM_GPU_MODELS=vim-t STM_GPU_RATES=0.2 step engine-build gpu_tests tests/gpu/test_engine_build.py
 }
+case "$parts" in *" soak "*)
+  STM_GPU_MODELS=vim-t STM_GPU_RATES=0.2 step soak gpu_tests tests/gpu/test_soak.py &
+  step kernel-soak "$kernel_test" --soak "${STM_GPU_SOAK_SECONDS:-60}" & ;;
+esac
 case "$parts" in *" engines "*)
   step doctor python3 -m exporter doctor --require-gpu
-  for model in vim-t vim-s vim-b; do
-    STM_GPU_MODELS=$model step "parity-$model" gpu_tests tests/gpu/test_engine_parity.py &
+  for model in vim-b vim-s vim-t; do
+    for rate in 0.0 0.2 0.4; do
+      STM_GPU_MODELS=$model STM_GPU_RATES=$rate step "parity-$model-$rate" gpu_tests tests/gpu/test_engine_parity.py &
+    done
   done
-  samples &
-  wait ;;
+  samples & ;;
 esac
+case "$parts" in *" accuracy "*) step accuracy gpu_tests tests/gpu/test_scan_accuracy.py & ;; esac
+wait
 case "$parts" in *" latency "*) step latency gpu_tests tests/gpu/test_latency.py ;; esac
 case "$parts" in *" bench "*) step bench gpu_tests tests/gpu/test_bench.py ;; esac
 case "$parts" in *" kernels "*)

@@ -44,8 +44,9 @@ def cases():
     """(model, rate, size): all models and rates at 224, ViM-T and one rate at the other sizes."""
     rows = [(model, rate, SIZES[0]) for model in MODELS for rate in RATES]
     rows += [("vim-t", 0.2, size) for size in SIZES[1:]]
-    wanted = os.environ.get("STM_GPU_MODELS", " ".join(MODELS)).split()  # tests/gpu.sh spreads the models over processes
-    return [row for row in rows if row[0] in wanted]
+    models = os.environ.get("STM_GPU_MODELS", " ".join(MODELS)).split()  # tests/gpu.sh spreads models and rates over processes
+    rates = [float(rate) for rate in os.environ.get("STM_GPU_RATES", " ".join(map(str, RATES))).split()]
+    return [row for row in rows if row[0] in models and row[1] in rates]
 
 
 def _export(folder, model, rate, size):
