@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .errors import ParityError as ParityError
     from .errors import PerformanceError as PerformanceError
     from .errors import PluginError as PluginError
+    from .evaluation.results import Evaluation as Evaluation
+    from .evaluation.runner import evaluate as evaluate
     from .inspection import inspect as inspect
     from .onnx_export import export_onnx as export_onnx
     from .parity import ParityReport as ParityReport
@@ -26,12 +28,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "ArtefactError": "errors",
     "BuildError": "errors",
+    "Evaluation": "evaluation.results",
     "ExportError": "errors",
     "ExportResult": "deploy",
     "ParityError": "errors",
     "ParityReport": "parity",
     "PerformanceError": "errors",
     "PluginError": "errors",
+    "evaluate": "evaluation.runner",
     "export": "deploy",
     "export_onnx": "onnx_export",
     "inspect": "inspection",

@@ -59,8 +59,8 @@ def _image_sizes(text: str) -> list[int | tuple[int, int]]:
     return [_image_size(part) for part in text.split(",")]
 
 
-def _model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="NAME", help="vim-t, vim-s, vim-b, vim-t-stride8, vim-s-stride8")
+def _model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--model", required=required, metavar="NAME", help="vim-n, vim-t, vim-s, vim-b, vim-t-stride8, vim-s-stride8")
     parser.add_argument("--image-size", type=_image_size, default=224, metavar="H[xW]", help="pixels (default 224)")
 
 
@@ -68,6 +68,10 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("merge plan (without --rate and --plan nothing merges)")
     group.add_argument("--rate", type=_rate, metavar="R", help="share of tokens removed by the last layer, for example 0.2")
     group.add_argument("--plan", metavar="FILE|PRESET", help="a plan file, or stm-15, stm-20, stm-30, stm-40")
+    _merge_options(group)
+
+
+def _merge_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--rule", choices=("edge", "frontier", "spread", "one_sided"), help="which tokens merge (default edge)")
     group.add_argument(
         "--merge-weights",
@@ -84,11 +88,11 @@ def _weights_options(parser: argparse.ArgumentParser) -> None:
         "--weights",
         choices=("pretrained", "random"),
         default="pretrained",
-        help="without --checkpoint: fetch the published ones, or random for a trial",
+        help="without --checkpoint: the published ones (vim-n's are in the package, others are fetched), or random for a trial",
     )
     group.add_argument("--ema", action="store_true", help="take the checkpoint's model_ema")
     group.add_argument("--seed", type=int, default=0, help="of random weights (default 0)")
-    group.add_argument("--num-classes", type=_positive, default=1000, metavar="N")
+    group.add_argument("--num-classes", type=_positive, metavar="N", help="of the head (default: the published weights')")
     group.add_argument(
         "--pos-embed-resize",
         choices=("correct", "official", "keep"),
@@ -109,7 +113,7 @@ def _export_parser(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-o", "--output", required=True, metavar="OUT", help="FILE.onnx, FILE.engine, or a directory for everything")
     group.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="of the engine (default fp16); a portable .onnx is fp32")
     group.add_argument("--opset", type=int, choices=(18, 19, 20), default=18)
-    group.add_argument("--classes", metavar="FILE", help="class names, one a line (default: ImageNet's for 1000 classes)")
+    group.add_argument("--classes", metavar="FILE", help="class names, one a line (default: the published weights', ImageNet's for 1000 classes)")
     _engine_options(parser)
     group = parser.add_argument_group("parity")
     group.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare with PyTorch")
@@ -186,7 +190,7 @@ def _verify_parser(parser: argparse.ArgumentParser) -> None:
 def _bench_parser(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("file", nargs="?", metavar="FILE", help=".engine or .onnx made by stm-export (before --vs, which takes what follows it)")
-    what.add_argument("--model", type=_names, metavar="NAME[,..]", help="build what is timed: vim-t, vim-s, vim-b, ...")
+    what.add_argument("--model", type=_names, metavar="NAME[,..]", help="build what is timed: vim-n, vim-t, vim-s, vim-b, ...")
     what.add_argument("--suite", metavar="NAME", help="a set of cases: headline, rate, resolution, batch, performance (all of them)")
     what.add_argument("--from", dest="earlier", type=_names, metavar="JSON[,..]", help="measure nothing: report earlier bench.json files, merged")
     group = parser.add_argument_group("cases (with --model: all combinations)")
@@ -216,6 +220,44 @@ def _bench_parser(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", metavar="DIR", help="bench.json, bench.md, plots; engines built are kept there and used again")
     group.add_argument("--document", metavar="FILE.md", help="put the tables between this file's `stm bench` markers, plots beside it")
+    _json_option(parser)
+
+
+def _eval_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="*", metavar="FILE", help=".onnx or .engine files made by stm-export; without: --model, in PyTorch")
+    _model_options(parser, required=False)
+    _weights_options(parser)
+    group = parser.add_argument_group("plans (with --model; all in one pass over the data)")
+    group.add_argument(
+        "--plan",
+        type=_names,
+        metavar="P[,..]",
+        help="none, stm-15 .. stm-40, a rate, a plan file, or a rival METHOD:PRESET such as tome:tl-792 (METHOD alone: the paper's table 2); "
+        "default none",
+    )
+    _merge_options(group)
+    group.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="of PyTorch (default fp32, as published)")
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="PATH",
+        help="a folder of class folders, a flat folder with val.txt or --labels, or WebDataset shards (a folder of .tar files, or the files)",
+    )
+    group.add_argument("--labels", metavar="FILE", help="lines NAME LABEL: a class index from 0 or a synset (also LOC_val_solution.csv)")
+    group.add_argument("--class-order", metavar="FILE", help="names of all class folders, one a line, in the order of the class index")
+    group.add_argument("--crop-ratio", type=float, metavar="R", help="share of the resized image that is kept (default: the file's, 0.875)")
+    group.add_argument("--limit", type=_positive, metavar="N", help="only N images, evenly spread: a trial")
+    group.add_argument("--unreadable", choices=("stop", "skip"), default="stop", help="at an image that cannot be decoded (default stop)")
+    group = parser.add_argument_group("running (several GPUs: torchrun --nproc-per-node N -m exporter eval ..)")
+    group.add_argument("--device", choices=("cpu", "cuda"), help="for .onnx and --model (default: a GPU if there is one)")
+    group.add_argument("--batch", type=_positive, metavar="N", help="images at once (default: the engines' best; 64 on a GPU, 16 on a CPU)")
+    group.add_argument("--workers", type=int, choices=range(257), metavar="N", help="processes that decode images (default: by the cores)")
+    group.add_argument("--plugin-library", metavar="FILE", help="libstm_trtN.so to use instead of the package's")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="DIR", help="eval.json, eval.md, predictions; the same again goes on where it stopped"
+    )
     _json_option(parser)
 
 
@@ -398,6 +440,47 @@ def _run_bench(args: argparse.Namespace) -> Answer:
     return {"exit_code": result.exit_code, **result.to_dict()}, result.lines()
 
 
+def _run_eval(args: argparse.Namespace) -> Answer:
+    from .evaluation import evaluate
+
+    if args.files:
+        given = {"--checkpoint": args.checkpoint, "--ema": args.ema, "--plan": args.plan, "--rule": args.rule, "--precision": args.precision}
+        given |= {"--merge-weights": args.merge_weights, "--proportional-decay": args.proportional_decay}
+        if idle := [option for option, value in given.items() if value]:
+            raise ConfigError(f"{', '.join(idle)} belong to --model; a file has its own")
+    result = evaluate(
+        args.data,
+        args.output,
+        files=args.files,
+        model=args.model,
+        plans=args.plan or ("none",),
+        checkpoint=args.checkpoint,
+        weights=args.weights,
+        ema=args.ema,
+        seed=args.seed,
+        image_size=args.image_size,
+        num_classes=args.num_classes,
+        pos_embed_resize=args.pos_embed_resize,
+        merge_weights=args.merge_weights,
+        rule=args.rule,
+        proportional_decay=args.proportional_decay,
+        precision=args.precision or "fp32",
+        device=args.device,
+        labels=args.labels,
+        class_order=args.class_order,
+        crop_ratio=args.crop_ratio,
+        limit=args.limit,
+        unreadable=args.unreadable,
+        batch=args.batch,
+        workers=args.workers,
+        plugin_library=args.plugin_library,
+        show_progress=True,
+    )
+    if result is None:  # torchrun's other processes say nothing
+        raise SystemExit(0)
+    return {"exit_code": result.exit_code, **result.to_dict()}, result.lines()
+
+
 def _run_inspect(args: argparse.Namespace) -> Answer:
     from .inspection import inspect
 
@@ -429,6 +512,7 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable
     "plan": ("make, explain and draw a merge plan", _plan_parser, _run_plan),
     "verify": ("compare a file with PyTorch or with saved outputs", _verify_parser, _run_verify),
     "bench": ("time a file or models against rivals, with a gate", _bench_parser, _run_bench),
+    "eval": ("accuracy on ImageNet or your own images, several plans in one pass", _eval_parser, _run_eval),
     "inspect": ("explain an .onnx, an engine, a plan, a weights file", _inspect_parser, _run_inspect),
     "doctor": ("what is here, what works, what to do", _doctor_parser, _run_doctor),
 }
@@ -444,7 +528,10 @@ def _parser(verb: str | None = None) -> argparse.ArgumentParser:
         parser.set_defaults(verb=verb)
     else:
         parser = argparse.ArgumentParser(
-            "stm", description="Vision Mamba with Sequential Token Merging: plan, export, verify, bench, inspect.", epilog=_EPILOG, allow_abbrev=False
+            "stm",
+            description="Vision Mamba with Sequential Token Merging: plan, export, verify, bench, eval, inspect.",
+            epilog=_EPILOG,
+            allow_abbrev=False,
         )
         verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
         for name, (text, options, _) in _VERBS.items():

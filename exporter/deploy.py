@@ -92,7 +92,7 @@ def load_model(
     ema: bool = False,
     plan: MergePlan | None = None,
     image_size: ImageSize = 224,
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     seed: int = 0,
     pos_embed_resize: str = "correct",
 ) -> VisionMamba:
@@ -132,7 +132,7 @@ def export(
     rule: str | None = None,
     proportional_decay: bool = False,
     image_size: ImageSize = 224,
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     classes: list[str] | None = None,
     precision: str | None = None,
     opset: int = 18,
@@ -176,8 +176,8 @@ def export(
         load_plugin(plugin_library)
     target = output / "model.onnx" if whole else output
     reference = output / "reference" if whole else reference_folder(output)
-    if classes is not None and len(classes) != num_classes:
-        raise ConfigError(f"{len(classes)} class names for {num_classes} classes; give one a class, or --num-classes {len(classes)}")
+    if classes is not None and len(classes) != (wanted := model_config(name, num_classes=num_classes).num_classes):
+        raise ConfigError(f"{len(classes)} class names for {wanted} classes; give one a class, or --num-classes {len(classes)}")
     for path in (target, reference / "inputs.json", *((sidecar_path(target),) if engine else ())):
         check_writable(path)
     options = build or BuildOptions()

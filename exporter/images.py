@@ -20,6 +20,16 @@ MAX_PIXELS = 100_000_000
 Floats = NDArray[np.float32]
 
 
+def resized(image_size: tuple[int, int], size: tuple[int, int], crop_ratio: float = CROP_RATIO) -> tuple[int, int]:
+    """(width, height) of an image of `image_size` (width, height) after the resize that goes before a crop to `size` (height,
+    width): the shorter side decides, the longer one is cut to whole pixels as torchvision does it."""
+    width, height = image_size
+    least_height, least_width = (int(side / crop_ratio) for side in size)
+    if width * least_height <= height * least_width:
+        return least_width, max(least_height, int(least_width * height / width))
+    return max(least_width, int(least_height * width / height)), least_height
+
+
 def preprocess(image: Image.Image, size: tuple[int, int], mean: Sequence[float], std: Sequence[float], crop_ratio: float = CROP_RATIO) -> Floats:
     """Resize so that the crop is `crop_ratio` of it (bicubic, antialiased), centre crop, scale to 0..1, normalise.
 
@@ -34,10 +44,9 @@ def preprocess(image: Image.Image, size: tuple[int, int], mean: Sequence[float],
     """
     height, width = size
     image = image.convert("RGB")
-    scale = max(int(height / crop_ratio) / image.height, int(width / crop_ratio) / image.width)
-    resized = image.resize((max(width, round(image.width * scale)), max(height, round(image.height * scale))), Image.Resampling.BICUBIC)
-    left, top = round((resized.width - width) / 2), round((resized.height - height) / 2)
-    pixels = np.asarray(resized.crop((left, top, left + width, top + height)), dtype=np.float32) / 255.0
+    image = image.resize(resized(image.size, size, crop_ratio), Image.Resampling.BICUBIC)
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.float32) / 255.0
     normal = (pixels - np.asarray(mean, dtype=np.float32)) / np.asarray(std, dtype=np.float32)
     return np.ascontiguousarray(normal.transpose(2, 0, 1))
 

@@ -19,7 +19,7 @@ from onnxscript import opset18, values
 from stm import VisionMamba, __version__, plan_summary, state_dict_sha256
 
 from .errors import ExportError
-from .images import CROP_RATIO, imagenet_classes
+from .images import CROP_RATIO, class_names
 from .op_schema import DOMAIN, DOMAIN_VERSION, INPUT, OPS, OUTPUT, WEIGHT_OPS, conv_op_name, scan_op_name
 from .passes.fold_weights import fold_weights
 from .passes.name_tensors import name_tensors
@@ -131,7 +131,7 @@ def metadata(model: VisionMamba, precision: str, classes: list[str] | None = Non
     """What the file says about itself; read by `stm inspect`, the samples and the engine's sidecar."""
     config, provenance = model.config, model.provenance
     summary = plan_summary(config, model.plan)
-    names = classes or (imagenet_classes() if config.num_classes == 1000 else None)
+    names = classes or class_names(model)
     if names is not None and len(names) != config.num_classes:
         raise ExportError(f"{len(names)} class names for {config.num_classes} classes; give one a class")
     height, width = config.image_size

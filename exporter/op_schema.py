@@ -141,6 +141,20 @@ _MIXER_WEIGHTS = (Operand("conv_weight", "2, d_inner, 4", "float"), Operand("con
 
 FUSED_OPS = (
     OpSpec(
+        "StmPatchRows",
+        "The patches of images as rows of a matrix (im2row), row-major, in the order (channel, y, x) of the convolution's weight; "
+        "zeros for the class token.",
+        (Operand("images", "batch, 3, height, width", "float"),),
+        (Operand("rows", "batch, seqlen, 3 patch_size^2"),),
+        (
+            Attribute("patch_size", "INT", 16, "side of a patch in pixels"),
+            Attribute("stride", "INT", 16, "pixels from a patch to the next; patches overlap if it is smaller than they are"),
+            Attribute("cls_index", "INT", -1, "-1: patches only; c: row c of an image is the class token's"),
+            Attribute("precision", "STRING", "fp32", "T, which no input shows: fp32, fp16 or bf16"),
+        ),
+        fused=True,
+    ),
+    OpSpec(
         "StmConvXProj",
         "Both directions' conv + SiLU and x_proj; rows of x_dbl are dt, B, C, padded to a multiple of 8.",
         (Operand("xz", "batch, seqlen, 2 d_inner"), *_MIXER_WEIGHTS, Operand("x_proj_weight", "2, row, d_inner")),
@@ -174,7 +188,7 @@ FUSED_OPS = (
         "StmAddMergeNorm",
         "Residual add, token merge, RMSNorm in one pass, in float32.",
         (
-            Operand("residual", "batch, seqlen, d_model", "float"),
+            Operand("residual", "batch or 1, seqlen, d_model", "float"),
             Operand("hidden", "batch, seqlen or 1, d_model"),
             Operand("norm_weight", "d_model", "float"),
             Operand("merge_weights", "batch or 1, sources", "float", "merge = edge or table"),

@@ -16,8 +16,11 @@ def preprocess(image: Image.Image, size: list[int], normalization: dict) -> np.n
     height, width = size
     image = image.convert("RGB")
     ratio = normalization["crop_ratio"]
-    scale = max(int(height / ratio) / image.height, int(width / ratio) / image.width)
-    resized = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    least_height, least_width = int(height / ratio), int(width / ratio)
+    if image.width * least_height <= image.height * least_width:
+        resized = (least_width, max(least_height, int(least_width * image.height / image.width)))
+    else:
+        resized = (max(least_width, int(least_height * image.width / image.height)), least_height)
     image = image.resize(resized, Image.Resampling.BICUBIC)
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     pixels = np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.float32) / 255

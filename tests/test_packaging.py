@@ -110,6 +110,7 @@ def test_wheel_without_plugins_is_pure_and_complete(checkout, toolchain):
     names = set(archive.namelist())
     assert not [name for name in names if name.endswith(".so")]
     assert {"stm/py.typed", "exporter/py.typed", "exporter/data/imagenet_classes.txt", "exporter/data/README.md"} <= names
+    assert {f"{path.relative_to(ROOT)}" for folder in ("data", "weights") for path in (ROOT / "stm" / folder).iterdir() if path.is_file()} <= names
     assert {name.split("/")[-1] for name in names if name.startswith("exporter/data/photos/")} == {
         path.name for path in (ROOT / "exporter/data/photos").iterdir()
     }

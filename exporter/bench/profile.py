@@ -104,9 +104,12 @@ def kernel_work(config: VimConfig, lengths: Sequence[int], batch: int, precision
     row = -(-(rank + 2 * state) // 8) * 8
     patch = config.patch_size**2 * 3
     images = batch * config.image_size[0] * config.image_size[1] * 3
-    tokens0 = batch * config.num_patches
+    tokens0 = batch * config.seqlen
     work = {
-        "patch_embed.proj": Work(4 * images + size * (patch * d + tokens0 * d), 0, 2 * tokens0 * patch * d),
+        "patch_embed.patch_rows": Work(4 * images + size * tokens0 * patch),
+        "patch_embed.proj": Work(size * (tokens0 * patch + patch * d + tokens0 * d), 0, 2 * tokens0 * patch * d),
+        # As the norms below, but the residual that it reads is one table for all images.
+        "layers.0.norm": Work(4 * (config.seqlen + tokens0) * d + size * 2 * tokens0 * d),
         "head": Work(size * (batch * d + d * config.num_classes) + 4 * batch * config.num_classes, 0, 2 * batch * d * config.num_classes),
     }
     last = len(lengths) - 1

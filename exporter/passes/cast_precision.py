@@ -1,7 +1,7 @@
 """Write the precision into the graph: TensorRT networks are strongly typed.
 
-Before: a float32 graph of fused ops. After, for fp16 and bf16: GEMMs, patch embedding and the plugins' activations are in
-that type; the residual stream, norm weights, A, D, biases of conv and delta, the merge weights and the scan's state stay in
+Before: a float32 graph of fused ops. After, for fp16 and bf16: GEMMs, among them the patch embedding, and the plugins'
+activations are in that type; the residual stream, norm weights, A, D, biases of conv and delta, the merge weights and the scan's state stay in
 float32 (facts: they are what breaks in half precision). Input `images` and output `logits` stay float32.
 """
 
@@ -67,6 +67,8 @@ def cast_precision(graph: gs.Graph, precision: str) -> gs.Graph:
     for node in list(graph.nodes):  # in topological order
         spec = OPS.get(node.op)
         if spec is not None:
+            if any(attribute.name == "precision" for attribute in spec.attributes):
+                node.attrs["precision"] = precision
             for index, operand in enumerate(spec.inputs[: len(node.inputs)]):
                 if operand.type == "T":
                     node.inputs[index] = to_half(node.inputs[index])

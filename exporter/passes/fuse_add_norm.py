@@ -1,9 +1,8 @@
 """Fuse residual add, token merge and RMSNorm into StmAddMergeNorm.
 
-Before: Add(residual, out_proj) [-> StmMergeTokens] -> StmRmsNorm; the first norm follows the position embedding, the last one
-a slice of the residual at the class token.
-After: one node an add; the first norm, which has no add before it that is ours, is spelt in standard ops. TensorRT would keep
-add and norm in two kernels, because the sum has two readers.
+Before: Add(residual, GEMM) [-> StmMergeTokens] -> StmRmsNorm. The GEMM is a layer's out_proj; before the first norm it is the
+patch embedding, and the residual the table of fuse_patch_embed; before the last one the residual is cut to the class token.
+After: one node a norm. TensorRT would keep add and norm in two kernels, because the sum has two readers.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from .tensorrt_common import Array, check_domain, constant, plugin_node, produce
 
 
 def _operands(add: gs.Node) -> tuple[gs.Tensor, gs.Tensor] | None:
-    """(residual, hidden) of an Add whose hidden operand comes from a MatMul (out_proj); None for another Add."""
+    """(residual, hidden) of an Add whose hidden operand comes from a MatMul; None for another Add."""
     for residual, hidden in (add.inputs, add.inputs[::-1]):
         if hidden.inputs and hidden.inputs[0].op == "MatMul":
             return residual, hidden
@@ -48,26 +47,7 @@ def _table(sources: list[int], targets: list[int], keep: list[int]) -> tuple[Arr
     return tuple(np.asarray(column, dtype=np.int32) for column in (begin, members, columns))  # type: ignore[return-value]
 
 
-def _spell_out(graph: gs.Graph, norm: gs.Node) -> None:
-    """StmRmsNorm in standard ops."""
-    x, weight, epsilon = norm.inputs
-    name = norm.outputs[0].name
-
-    target = norm.outputs[0]
-    norm.outputs = []
-    axes = constant(f"{name}.axes", np.asarray([-1], dtype=np.int64))
-
-    def node(op: str, what: str, inputs: list[gs.Tensor], out: gs.Tensor | None = None, **attributes: int) -> gs.Tensor:
-        out = out if out is not None else gs.Variable(f"{name}.{what}", np.float32)
-        graph.nodes.append(gs.Node(op, f"{name}/{what}", attributes, inputs, [out]))
-        return out
-
-    mean = node("ReduceMean", "mean", [node("Mul", "square", [x, x]), axes], keepdims=1)
-    root = node("Sqrt", "root", [node("Add", "safe", [mean, epsilon])])
-    node("Mul", "scale", [node("Div", "scaled", [x, root]), weight], target)
-
-
-def _fuse(graph: gs.Graph, norm: gs.Node) -> bool:
+def _fuse(graph: gs.Graph, norm: gs.Node) -> None:
     where = norm.name
     stream = norm.inputs[0]
     merge = stream.inputs[0] if stream.inputs and stream.inputs[0].op == "StmMergeTokens" else None
@@ -75,9 +55,7 @@ def _fuse(graph: gs.Graph, norm: gs.Node) -> bool:
     add = producer(before, "Add", where=where)
     operands = _operands(add)
     if operands is None:
-        if merge is not None:
-            raise ExportError(f"tensorrt: {where}: tokens merge on a stream that no layer was added to")
-        return False
+        raise ExportError(f"tensorrt: {where}: the sum that it normalises has no operand from a MatMul (out_proj or the patch embedding)")
     residual, hidden = operands
     full, cls_index, stop = through_slice(residual)
     if stop is not None:
@@ -107,7 +85,6 @@ def _fuse(graph: gs.Graph, norm: gs.Node) -> bool:
         merge.outputs = []
     norm.outputs = []
     graph.nodes.append(plugin_node("StmAddMergeNorm", where.rpartition("/")[0] + ".add_merge_norm", inputs, [stream, normed], **attributes))
-    return True
 
 
 def fuse_add_norm(graph: gs.Graph) -> gs.Graph:
@@ -118,8 +95,7 @@ def fuse_add_norm(graph: gs.Graph) -> gs.Graph:
     """
     check_domain(graph)
     for norm in [node for node in graph.nodes if node.op == "StmRmsNorm"]:
-        if not _fuse(graph, norm):
-            _spell_out(graph, norm)
+        _fuse(graph, norm)
     graph.cleanup().toposort()
     left = sorted({node.op for node in graph.nodes if node.op in ("StmRmsNorm", "StmMergeTokens")})
     if left:

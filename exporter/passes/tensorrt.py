@@ -1,6 +1,6 @@
-"""The `tensorrt` lowering: a portable model -> one whose mixers, merges and norms are nodes of our plugin.
+"""The `tensorrt` lowering: a portable model -> one whose patches, mixers, merges and norms are nodes of our plugin.
 
-detach_bodies, fuse_mixer, fuse_add_norm, cast_precision, then a check: what should be ours is ours, nothing else is.
+detach_bodies, fuse_patch_embed, fuse_mixer, fuse_add_norm, cast_precision, then a check: what should be ours is ours, nothing else is.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from .cast_precision import cast_precision
 from .detach_bodies import detach_bodies
 from .fuse_add_norm import fuse_add_norm
 from .fuse_mixer import fuse_mixer
+from .fuse_patch_embed import fuse_patch_embed
 
 
 def lower_tensorrt(model: onnx.ModelProto, precision: str = "fp32") -> onnx.ModelProto:
@@ -23,7 +24,7 @@ def lower_tensorrt(model: onnx.ModelProto, precision: str = "fp32") -> onnx.Mode
         ExportError: the model is not a portable ViM export; says what differs and where.
     """
     graph = gs.import_onnx(model)
-    for step in (detach_bodies, fuse_mixer, fuse_add_norm):
+    for step in (detach_bodies, fuse_patch_embed, fuse_mixer, fuse_add_norm):
         graph = step(graph)
     graph = cast_precision(graph, precision)
     check_lowered(graph)
@@ -45,7 +46,7 @@ def plugin_nodes(model: onnx.ModelProto) -> list[str]:
 
 def check_lowered(graph: gs.Graph) -> None:
     """Raises:
-    ExportError: a function is left, a node of ours is no fused op, or the counts of the three ops do not agree.
+    ExportError: a function is left, a node of ours is no fused op, or the counts of the ops do not agree.
     """
     if graph.functions:
         raise ExportError(f"tensorrt: functions {[f.name for f in graph.functions]} are left; TensorRT would prefer them to the plugin")
@@ -55,5 +56,9 @@ def check_lowered(graph: gs.Graph) -> None:
             if node.op not in OPS or not OPS[node.op].fused:
                 raise ExportError(f"tensorrt: node {node.name!r} is {node.op}, which the plugin does not have")
             counts[node.op] = counts.get(node.op, 0) + 1
-    if len(counts) != 3 or len(set(counts.values())) != 1:
-        raise ExportError(f"tensorrt: {counts}; a ViM has as many StmConvXProj as StmMambaScan and StmAddMergeNorm, one a layer")
+    layers = counts.get("StmMambaScan", 0)
+    expected = {"StmPatchRows": 1, "StmConvXProj": layers, "StmMambaScan": layers, "StmAddMergeNorm": layers + 1}
+    if not layers or counts != expected:
+        raise ExportError(
+            f"tensorrt: {counts}; a ViM has one StmPatchRows, a StmConvXProj and a StmMambaScan a layer, a StmAddMergeNorm before each and one after"
+        )

@@ -7,7 +7,7 @@
 #include <stdint.h>
 
 // Raised when inputs, outputs or attributes of an op change. Engines and libraries must agree on it.
-#define STM_PLUGIN_ABI_VERSION 1
+#define STM_PLUGIN_ABI_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {

@@ -29,6 +29,11 @@ __device__ __forceinline__ void for_each_member(const AddMergeNormParams& p, int
     for (int i = 0; i < right; i++) add(p.seqlen_in - right + i, p.seqlen_in - right + i, weights[left + i]);
 }
 
+// The first token of image b in the residual stream.
+__device__ __forceinline__ const float* residual_of(const AddMergeNormParams& p, int b) {
+  return p.residual + (p.residual_per_image ? static_cast<int64_t>(b) * p.seqlen_in * p.d_model : 0);
+}
+
 template <typename T_, int kVectors_>
 struct WarpNormTraits {
   using T = T_;
@@ -44,11 +49,17 @@ __global__ __launch_bounds__(Traits::kThreads) void warp_norm_kernel(const __gri
   constexpr int kVectors = Traits::kVectors;
   const int lane = threadIdx.x % 32, d = p.d_model;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * Traits::kWarps + threadIdx.x / 32;
+  float4 norm_weight[kVectors];  // read before the wait and before the stores, which the compiler must not pass
+#pragma unroll
+  for (int i = 0; i < kVectors; i++) {
+    const int c = (lane + 32 * i) * 4;
+    if (c < d) norm_weight[i] = *reinterpret_cast<const float4*>(p.norm_weight + c);
+  }
   wait_for_previous();
   let_next_start();
   if (token >= static_cast<int64_t>(p.batch) * p.seqlen_out) return;
   const int b = static_cast<int>(token / p.seqlen_out), t = static_cast<int>(token % p.seqlen_out);
-  const float* residual = p.residual + static_cast<int64_t>(b) * p.seqlen_in * d;
+  const float* residual = residual_of(p, b);
   const T* hidden = static_cast<const T*>(p.hidden) + static_cast<int64_t>(b) * (p.cls_index < 0 ? p.seqlen_in : 1) * d;
 
   float4 x[kVectors];
@@ -82,7 +93,7 @@ __global__ __launch_bounds__(Traits::kThreads) void warp_norm_kernel(const __gri
   for (int i = 0; i < kVectors; i++) {
     const int c = (lane + 32 * i) * 4;
     if (c >= d) continue;
-    const float4 w = *reinterpret_cast<const float4*>(p.norm_weight + c);
+    const float4 w = norm_weight[i];
     *reinterpret_cast<float4*>(residual_out + c) = x[i];
     store4(normed + c, make_float4(x[i].x * scale * w.x, x[i].y * scale * w.y, x[i].z * scale * w.z,
                                    x[i].w * scale * w.w));
@@ -104,7 +115,7 @@ __global__ __launch_bounds__(Traits::kThreads) void block_norm_kernel(const __gr
   __shared__ float partial[kWarps];
   const int64_t token = blockIdx.x;
   const int b = static_cast<int>(token / p.seqlen_out), t = static_cast<int>(token % p.seqlen_out), d = p.d_model;
-  const float* residual = p.residual + static_cast<int64_t>(b) * p.seqlen_in * d;
+  const float* residual = residual_of(p, b);
   const T* hidden = static_cast<const T*>(p.hidden) + static_cast<int64_t>(b) * (p.cls_index < 0 ? p.seqlen_in : 1) * d;
   float* residual_out = p.residual_out + token * d;
   T* normed = static_cast<T*>(p.normed) + token * d;

@@ -11,11 +11,12 @@ struct AddMergeNormParams {  // contiguous; extents in elements
   MergeRule rule;
   int32_t left, right;            // kEdge: sources 0..left-1 -> left; the last `right` tokens -> seqlen_in - right - 1
   int32_t nb_weights;             // columns of merge_weights
+  bool residual_per_image;        // residual is (batch, seqlen_in, d_model), else (1, seqlen_in, d_model)
   bool weights_per_image;         // merge_weights is (batch, nb_weights), else (1, nb_weights)
   int32_t cls_index;              // -1: every token; else residual token cls_index with hidden token 0, seqlen_out = 1
   float epsilon;
   DataType type;                  // T
-  const float* residual;          // (batch, seqlen_in, d_model)
+  const float* residual;          // see above
   const void* hidden;             // (batch, seqlen_in, d_model), T; (batch, 1, d_model) if cls_index >= 0
   const float* norm_weight;       // (d_model)
   const float* merge_weights;     // see above; null for kNone

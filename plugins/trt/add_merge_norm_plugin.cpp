@@ -6,15 +6,15 @@
 namespace stm::trt {
 namespace {
 
-struct AddMergeNormOp {
+struct AddMergeNormOp : OpDefaults {
   static constexpr char kName[] = "StmAddMergeNorm";
   static constexpr bool kHasTactics = false;
 
   // merge_weights follows for "edge" and "table", the index tables for "table".
   enum Input : int32_t { kResidual, kHidden, kNormWeight, kMergeWeights, kBegin, kMembers, kMemberWeight };
   enum Output : int32_t { kResidualOut, kNormed };
-  enum Symbol : int32_t { kBatch, kSeqlen, kModel, kWeightRows, kWeights, kMemberCount, kNbSymbols };
-  static constexpr const char* kSymbols[] = {"batch", "seqlen", "d_model", "batch or 1", "weights", "members"};
+  enum Symbol : int32_t { kBatch, kSeqlen, kModel, kResidualBatch, kWeightRows, kWeights, kMemberCount, kNbSymbols };
+  static constexpr const char* kSymbols[] = {"batch", "seqlen", "d_model", "batch or 1", "batch or 1", "weights", "members"};
 
   enum Attribute : int32_t { kMerge, kLeft, kRight, kOutLen, kClsIndex, kEpsilon };
   static constexpr const char* kRules[] = {"none", "edge", "table", nullptr};  // in the order of MergeRule
@@ -63,7 +63,7 @@ struct AddMergeNormOp {
     if (table) out_len = constant(v.i(kOutLen));
     Signature s;
     s.symbols = kSymbols, s.nb_symbols = kNbSymbols;
-    s.input({"residual", Element::kFloat32, 3, {batch, seqlen, model}});
+    s.input({"residual", Element::kFloat32, 3, {extent(kResidualBatch), seqlen, model}});
     s.input({"hidden", Element::kActivation, 3, {batch, cls_only(v) ? constant(1) : seqlen, model}});
     s.input({"norm_weight", Element::kFloat32, 1, {model}});
     if (edge || table || every) {
@@ -80,13 +80,20 @@ struct AddMergeNormOp {
     return s;
   }
 
+  static bool one_or_batch(const Bindings& b, Symbol symbol, const char* name, const char* unit, const Where& where) noexcept {
+    if (!b.known(symbol) || b[symbol] == 1 || !b.known(kBatch) || b[symbol] == b[kBatch]) return true;
+    return where.fail("%s has %lld %s, needs 1 or the batch, %lld", name, static_cast<long long>(b[symbol]), unit,
+                      static_cast<long long>(b[kBatch]));
+  }
+
   static bool check(const AttributeValues& v, const Bindings& b, const Where& where) noexcept {
     if (!check_seqlen(b, kSeqlen, where)) return false;
     if (b.known(kSeqlen)) {
       const int64_t seqlen = b[kSeqlen];
       if (v.i(kClsIndex) >= seqlen) return where.fail("cls_index is %d, but residual has %d tokens", v.i(kClsIndex), int(seqlen));
       if (int64_t(v.i(kLeft)) + v.i(kRight) >= seqlen) {
-        return where.fail("left %d and right %d leave none of %d tokens; was the plan made for another length?", v.i(kLeft), v.i(kRight), int(seqlen));
+        return where.fail("left %d and right %d leave none of %d tokens; was the plan made for another length?", v.i(kLeft), v.i(kRight),
+                          int(seqlen));
       }
       if (v.i(kOutLen) > seqlen) return where.fail("out_len is %d, but residual has %d tokens", v.i(kOutLen), int(seqlen));
       if (b.known(kMemberCount) && b[kMemberCount] > seqlen) {
@@ -97,11 +104,7 @@ struct AddMergeNormOp {
       return where.fail("members has %d entries for out_len = %d groups; each needs one at least", int(b[kMemberCount]), v.i(kOutLen));
     }
     if (b.known(kWeights) && b[kWeights] < 1) return where.fail("merge_weights has no columns; set 'merge' to 'none'");
-    if (b.known(kWeightRows) && b[kWeightRows] != 1 && b.known(kBatch) && b[kWeightRows] != b[kBatch]) {
-      return where.fail("merge_weights has %lld rows, needs 1 or the batch, %lld", static_cast<long long>(b[kWeightRows]),
-                        static_cast<long long>(b[kBatch]));
-    }
-    return true;
+    return one_or_batch(b, kResidualBatch, "residual", "images", where) && one_or_batch(b, kWeightRows, "merge_weights", "rows", where);
   }
 
   // One kernel: nothing to choose and no scratch.
@@ -111,7 +114,7 @@ struct AddMergeNormOp {
 
   static cudaError_t enqueue(const AttributeValues& v, const Call& call) noexcept {
     AddMergeNormParams p{};
-    p.batch = call.extent(kResidual, 0);
+    p.batch = call.extent(kHidden, 0);
     p.seqlen_in = call.extent(kResidual, 1);
     p.seqlen_out = p.seqlen_in;
     p.d_model = call.extent(kResidual, 2);
@@ -121,6 +124,7 @@ struct AddMergeNormOp {
     p.cls_index = v.i(kClsIndex);
     p.epsilon = v.f(kEpsilon);
     p.type = call.type;
+    p.residual_per_image = call.extent(kResidual, 0) != 1;
     p.residual = call.input<float>(kResidual);
     p.hidden = call.inputs[kHidden];
     p.norm_weight = call.input<float>(kNormWeight);

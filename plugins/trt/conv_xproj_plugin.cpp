@@ -6,7 +6,7 @@
 namespace stm::trt {
 namespace {
 
-struct ConvXProjOp {
+struct ConvXProjOp : OpDefaults {
   static constexpr char kName[] = "StmConvXProj";
   static constexpr bool kHasTactics = true;
 

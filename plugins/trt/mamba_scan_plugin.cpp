@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kMaxState = 64, kMaxBatch = 65535;  // kMaxBatch: one grid axis
 
-struct MambaScanOp {
+struct MambaScanOp : OpDefaults {
   static constexpr char kName[] = "StmMambaScan";
   static constexpr bool kHasTactics = true;
 

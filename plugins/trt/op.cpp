@@ -7,6 +7,8 @@ const char* name_of(Element element) noexcept {
   switch (element) {
     case Element::kActivation: return "T";
     case Element::kFloat32: return "float";
+    case Element::kFloat16: return "float16";
+    case Element::kBFloat16: return "bfloat16";
     case Element::kInt32: return "int32";
   }
   return "?";

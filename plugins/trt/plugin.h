@@ -1,9 +1,11 @@
-// plugin.h: everything that IPluginV3 asks of our three ops alike. An op is a struct of static members:
+// plugin.h: everything that IPluginV3 asks of our ops alike. An op is a struct of static members, which derives from
+// OpDefaults:
 //
 //   kName                                                op_type of the ONNX node
 //   attributes() -> AttributeTable                       see fields.h
 //   check_attributes(values, where) -> bool              combinations; each value alone is checked by the table
 //   signature(values, every = false) -> Signature        see tensors.h; `every`: optional tensors too, for the op schema
+//   derive(values, bindings), derived(values, ...)       see OpDefaults
 //   check(values, bindings, where) -> bool               what the signature cannot say; must accept unknown symbols
 //   tactics(values, bindings, type, out, capacity) -> n  tactics for these extents, safest first; 0: the op has none
 //   kHasTactics, knows_tactic(tactic) -> bool
@@ -37,6 +39,16 @@ struct Call {
   const T* input(int32_t i) const noexcept { return static_cast<const T*>(inputs[i]); }
   template <typename T>
   T* output(int32_t o) const noexcept { return static_cast<T*>(outputs[o]); }
+};
+
+// For ops whose output extents are all input extents, up to a factor and an offset.
+struct OpDefaults {
+  // Gives a value to the symbols that no input extent is, where those that they depend on are known.
+  static void derive(const AttributeValues&, Bindings&) noexcept {}
+  // Such a symbol while they are not, as an expression in the inputs' extents; null: the op has no such symbol.
+  static const nvinfer1::IDimensionExpr* derived(const AttributeValues&, const nvinfer1::DimsExprs*, nvinfer1::IExprBuilder&) noexcept {
+    return nullptr;
+  }
 };
 
 // Copying it copies plain values only, so clone() and attachToContext() cannot throw and no two contexts share anything.
@@ -97,7 +109,7 @@ class Plugin final : public nvinfer1::IPluginV3,
       }
     }
     Bindings bindings;
-    if (!bind(signature, dims, where(), bindings) || !Op::check(values_, bindings, where())) return -1;
+    if (!solve(signature, dims, bindings) || !Op::check(values_, bindings, where())) return -1;
     for (int32_t o = 0; o < nb_out; ++o) {
       const TensorSpec& spec = signature.outputs[o];
       out[o].nbDims = spec.rank;
@@ -129,7 +141,7 @@ class Plugin final : public nvinfer1::IPluginV3,
     Dims least[kMaxTensors], most[kMaxTensors];
     for (int32_t i = 0; i < nb_in; ++i) least[i] = in[i].min, most[i] = in[i].max;
     Bindings min, max;
-    if (!bind(signature, least, where(), min) || !bind(signature, most, where(), max)) return -1;
+    if (!solve(signature, least, min) || !solve(signature, most, max)) return -1;
     DataType type;
     if (!activation_type(in[signature.activation_input()].desc.type, type)) return -1;
     // A tactic must run over the whole profile: it must serve both ends.
@@ -150,7 +162,7 @@ class Plugin final : public nvinfer1::IPluginV3,
     for (int32_t i = 0; i < nb_in && i < kMaxTensors; ++i) dims[i] = in[i].max;
     Bindings max;
     DataType type;
-    if (nb_in != signature.nb_inputs || !bind(signature, dims, where(), max)) return 0;  // refused by configurePlugin
+    if (nb_in != signature.nb_inputs || !solve(signature, dims, max)) return 0;  // refused by configurePlugin
     if (!activation_type(in[signature.activation_input()].desc.type, type)) return 0;
     return Op::workspace_bytes(values_, max, type);
   }
@@ -196,7 +208,7 @@ class Plugin final : public nvinfer1::IPluginV3,
     for (int32_t i = 0; i < nb_in; ++i) types[i] = in[i].type, in_dims[i] = in[i].dims;
     for (int32_t o = 0; o < nb_out; ++o) out_dims[o] = out[o].dims;
     Bindings bindings;
-    if (!check_types(signature, types, where()) || !bind(signature, in_dims, where(), bindings)) return -1;
+    if (!check_types(signature, types, where()) || !solve(signature, in_dims, bindings)) return -1;
     for (int32_t s = 0; s < signature.nb_symbols; ++s) {
       const bool used = bindings.input[s] >= 0;  // an optional input's symbol may not occur
       if (used && !fits_int32(bindings[s])) return where().fail("%s is %lld", signature.symbols[s], static_cast<long long>(bindings[s])), -1;
@@ -245,14 +257,20 @@ class Plugin final : public nvinfer1::IPluginV3,
   }
   static bool fits_int32(int64_t value) noexcept { return value >= 0 && value <= INT32_MAX; }
 
-  static const nvinfer1::IDimensionExpr* expression(const Extent& e, const Bindings& bindings, const nvinfer1::DimsExprs* in,
-                                                    nvinfer1::IExprBuilder& builder) noexcept {
+  bool solve(const Signature& signature, const Dims* inputs, Bindings& bindings) const noexcept {
+    if (!bind(signature, inputs, where(), bindings)) return false;
+    Op::derive(values_, bindings);
+    return true;
+  }
+
+  const nvinfer1::IDimensionExpr* expression(const Extent& e, const Bindings& bindings, const nvinfer1::DimsExprs* in,
+                                             nvinfer1::IExprBuilder& builder) const noexcept {
     using Operation = nvinfer1::DimensionOperation;
     const int64_t value = evaluate(e, bindings);
     if (value != kUnknown) return builder.constant(value);
-    if (bindings.input[e.symbol] < 0) return nullptr;
-    const nvinfer1::IDimensionExpr* expr = in[bindings.input[e.symbol]].d[bindings.axis[e.symbol]];
-    if (e.factor != 1) {
+    const int32_t input = bindings.input[e.symbol];
+    const nvinfer1::IDimensionExpr* expr = input < 0 ? Op::derived(values_, in, builder) : in[input].d[bindings.axis[e.symbol]];
+    if (expr && e.factor != 1) {
       const nvinfer1::IDimensionExpr* factor = builder.constant(e.factor);
       expr = factor ? builder.operation(Operation::kPROD, *expr, *factor) : nullptr;
     }

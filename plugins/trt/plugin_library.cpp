@@ -7,6 +7,7 @@
 #include "add_merge_norm_plugin.h"
 #include "conv_xproj_plugin.h"
 #include "mamba_scan_plugin.h"
+#include "patch_rows_plugin.h"
 
 #include <NvInferRuntime.h>
 #include <link.h>
@@ -21,11 +22,11 @@
 namespace {
 using namespace stm::trt;
 
-constexpr int kNbOps = 3;
+constexpr int kNbOps = 4;
 
 struct Ops {
-  OpEntry entries[kNbOps] = {conv_xproj_op(), mamba_scan_op(), add_merge_norm_op()};
-  nvinfer1::IPluginCreatorInterface* creators[kNbOps] = {entries[0].creator, entries[1].creator, entries[2].creator};
+  OpEntry entries[kNbOps] = {patch_rows_op(), conv_xproj_op(), mamba_scan_op(), add_merge_norm_op()};
+  nvinfer1::IPluginCreatorInterface* creators[kNbOps] = {entries[0].creator, entries[1].creator, entries[2].creator, entries[3].creator};
 };
 
 Ops& ops() noexcept {
@@ -103,7 +104,7 @@ STM_EXPORT const char* stm_plugin_build_info(void) {
 
 STM_EXPORT const char* stm_plugin_op_schema(void) {
   static const struct Schema {
-    char buffer[8192];
+    char buffer[16384];
     Schema() noexcept {
       Text text(buffer, sizeof buffer);
       text.add("{\"abi\": %d, \"plugin_version\": \"1\", \"plugin_namespace\": \"\", \"ops\": [", STM_PLUGIN_ABI_VERSION);

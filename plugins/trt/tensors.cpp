@@ -103,7 +103,7 @@ bool check_counts(const Signature& signature, int32_t nb_inputs, int32_t nb_outp
 bool check_types(const Signature& signature, const nvinfer1::DataType* inputs, const Where& where) noexcept {
   const int32_t t = signature.activation_input();
   DataType ignored;
-  if (!activation_type(inputs[t], ignored)) {
+  if (signature.inputs[t].element == Element::kActivation && !activation_type(inputs[t], ignored)) {
     return where.fail("input %d '%s' is %s; activations must be float32, float16 or bfloat16", t, signature.inputs[t].name, name_of(inputs[t]));
   }
   for (int32_t i = 0; i < signature.nb_inputs; ++i) {
@@ -115,6 +115,15 @@ bool check_types(const Signature& signature, const nvinfer1::DataType* inputs, c
                       spec.element == Element::kActivation ? signature.inputs[t].name : "");
   }
   return true;
+}
+
+Element element_of(DataType type) noexcept {
+  switch (type) {
+    case DataType::kFloat32: return Element::kFloat32;
+    case DataType::kFloat16: return Element::kFloat16;
+    case DataType::kBFloat16: break;
+  }
+  return Element::kBFloat16;
 }
 
 bool activation_type(nvinfer1::DataType type, DataType& out) noexcept {
@@ -130,6 +139,8 @@ nvinfer1::DataType tensorrt_type(Element element, nvinfer1::DataType activation)
   switch (element) {
     case Element::kActivation: return activation;
     case Element::kFloat32: return nvinfer1::DataType::kFLOAT;
+    case Element::kFloat16: return nvinfer1::DataType::kHALF;
+    case Element::kBFloat16: return nvinfer1::DataType::kBF16;
     case Element::kInt32: break;
   }
   return nvinfer1::DataType::kINT32;

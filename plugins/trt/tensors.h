@@ -13,7 +13,9 @@ constexpr int32_t kMaxTensors = 16, kMaxRank = 4, kMaxSymbols = 8;
 constexpr int64_t kUnknown = -1;
 constexpr int64_t kMaxSeqlen = 16384;  // the kernels' bound
 
-enum class Element : int32_t { kActivation, kFloat32, kInt32 };  // kActivation: T, one of float32, float16, bfloat16
+// kActivation: T, one of float32, float16, bfloat16, as the first input of it says. The halves: T of an op without such an
+// input, whose attributes say.
+enum class Element : int32_t { kActivation, kFloat32, kFloat16, kBFloat16, kInt32 };
 
 // factor * symbol + offset, or the constant `offset` if symbol < 0.
 struct Extent {
@@ -43,7 +45,7 @@ struct Signature {
   const TensorSpec& at(int32_t position) const noexcept {
     return position < nb_inputs ? inputs[position] : outputs[position - nb_inputs];
   }
-  int32_t activation_input() const noexcept;  // the first input of type T
+  int32_t activation_input() const noexcept;  // the first input of type T; 0 if there is none
 };
 
 // Values of the symbols, and the input extent that gave each: kUnknown where the network leaves it open (dynamic batch).
@@ -68,6 +70,8 @@ int64_t evaluate(const Extent& extent, const Bindings& bindings) noexcept;
 bool check_counts(const Signature& signature, int32_t nb_inputs, int32_t nb_outputs, const Where& where) noexcept;
 bool check_types(const Signature& signature, const nvinfer1::DataType* inputs, const Where& where) noexcept;
 
+// The element for a type that an attribute chose.
+Element element_of(DataType type) noexcept;
 // The kernels' type for a TensorRT type; false if they take no such activations.
 bool activation_type(nvinfer1::DataType type, DataType& out) noexcept;
 // The TensorRT type of an element, `activation` being T.

@@ -90,14 +90,16 @@ inline Image resize(const Image& in, int32_t width, int32_t height) {
 // Returns (3, height, width), float32, for the engine's input.
 inline std::vector<float> preprocess(const Image& image, int32_t height, int32_t width, const Normalization& normal) {
   const double ratio = normal.crop_ratio;
-  const double scale = std::max(static_cast<double>(static_cast<int32_t>(height / ratio)) / image.height,
-                                static_cast<double>(static_cast<int32_t>(width / ratio)) / image.width);
-  // nearbyint rounds halves to even, as Python's round.
-  const double wide = std::nearbyint(image.width * scale), high = std::nearbyint(image.height * scale);
+  // The shorter side decides; the longer one is cut to whole pixels, as torchvision does it.
+  const double least_height = std::floor(height / ratio), least_width = std::floor(width / ratio);
+  const bool by_width = image.width * least_height <= image.height * least_width;
+  const double wide = by_width ? least_width : std::max(least_width, std::floor(least_height * image.width / image.height));
+  const double high = by_width ? std::max(least_height, std::floor(least_width * image.height / image.width)) : least_height;
   if (wide * high > static_cast<double>(kMaxPixels)) {
     throw Error(kUsage, "an image of " + std::to_string(image.width) + "x" + std::to_string(image.height) + " is too long and thin to resize");
   }
-  const Image resized = resize(image, std::max(width, static_cast<int32_t>(wide)), std::max(height, static_cast<int32_t>(high)));
+  const Image resized = resize(image, static_cast<int32_t>(wide), static_cast<int32_t>(high));
+  // nearbyint rounds halves to even, as Python's round.
   const auto left = static_cast<std::size_t>(std::nearbyint((resized.width - width) / 2.0));
   const auto top = static_cast<std::size_t>(std::nearbyint((resized.height - height) / 2.0));
 

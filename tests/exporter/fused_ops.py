@@ -21,6 +21,18 @@ def conv_silu(x, weight, bias, backward):
     return u.flip(1) if backward else u
 
 
+class StmPatchRows(OpRun):
+    op_domain = "stm"
+
+    def _run(self, images, patch_size=None, stride=None, cls_index=None, precision=None, **_):
+        assert precision == "fp32"
+        (images,) = wide(images)
+        rows = F.unfold(images, patch_size, stride=stride).transpose(1, 2)  # (batch, patches, 3 patch_size^2)
+        if cls_index >= 0:
+            rows = torch.cat([rows[:, :cls_index], torch.zeros_like(rows[:, :1]), rows[:, cls_index:]], 1)
+        return (rows.float().numpy(),)
+
+
 class StmConvXProj(OpRun):
     op_domain = "stm"
 
@@ -74,6 +86,7 @@ class StmAddMergeNorm(OpRun):
 
     def _run(self, residual, hidden, norm_weight, *rest, merge=None, left=None, right=None, out_len=None, cls_index=None, epsilon=None, **_):
         x, h, g = wide(residual, hidden, norm_weight)
+        x = x.expand(h.shape[0], -1, -1)
         x = (x if cls_index < 0 else x[:, cls_index : cls_index + 1]) + h
         if merge != "none":
             (w,) = wide(rest[0])
@@ -96,5 +109,5 @@ class StmAddMergeNorm(OpRun):
 
 
 def run_lowered(model, images):
-    session = ReferenceEvaluator(model, new_ops=[StmConvXProj, StmMambaScan, StmAddMergeNorm])
+    session = ReferenceEvaluator(model, new_ops=[StmPatchRows, StmConvXProj, StmMambaScan, StmAddMergeNorm])
     return session.run(None, {"images": images})[0]

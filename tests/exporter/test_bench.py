@@ -372,7 +372,8 @@ def test_deit_onnx_is_typed_inside_float_outside_and_has_no_node_of_ours(precisi
         ("layers.3.mixer.mamba_scan", ["layers.3.mixer.mamba_scan"]),
         ("layers.3.mixer.in_proj/MatMul", ["layers.3.mixer.in_proj"]),
         ("__myl_Fused_mye1[ONNX Layer: layers.12.mixer.out_proj/MatMul]", ["layers.12.mixer.out_proj"]),
-        ("[ONNX Layer: patch_embed.proj/Conv] [ONNX Layer: layers.0.norm/Mul]", ["patch_embed.proj", "layers.0.norm"]),
+        ("[ONNX Layer: patch_embed.proj/MatMul] [ONNX Layer: layers.0.norm/Mul]", ["patch_embed.proj", "layers.0.norm"]),
+        ("patch_embed.patch_rows", ["patch_embed.patch_rows"]),
         ("layers.1.mixer.in_proj.weight_t_fp16 + head/Gemm", ["layers.1.mixer.in_proj.weight_t_fp16", "head"]),
         ("layers.1.mixer.x_dbl", ["layers.1.mixer"]),
         ("__myl_Move_0", []),
@@ -390,6 +391,9 @@ def test_floors_agree_with_the_measured_ceilings_of_a_vim_s_layer() -> None:
         found = work[f"layers.3.mixer.{kernel}"]
         got = (found.bytes / top.bytes * 1e6, found.tensor / 693e12 * 1e6, found.mufu / 4.15e12 * 1e6)
         assert got == pytest.approx(wanted, abs=1.5)
+    outside = {"patch_embed.patch_rows": (38, 0), "patch_embed.proj": (20, 21), "layers.0.norm": (26, 0), "layers.3.norm": (39, 0)}
+    for kernel, floors in outside.items():
+        assert (work[kernel].bytes / top.bytes * 1e6, work[kernel].tensor / 693e12 * 1e6) == pytest.approx(floors, abs=1), kernel
     assert work["layers.3.mixer.mamba_scan"].floor_us(top)[1] == "special functions"
     assert work["layers.3.mixer.in_proj"].floor_us(top)[1] == "tensor"
     last, full = work["layers.23.mixer.mamba_scan"], work["layers.22.mixer.mamba_scan"]
@@ -410,7 +414,9 @@ def test_nodes_are_grouped_by_module_and_layer() -> None:
     config = VimConfig("t", 64, depth=2)
     work = profiling.kernel_work(config, [197, 193], 8, "fp16", 98)
     times = [
-        ("patch_embed.proj/Conv", 5.0),
+        ("patch_embed.patch_rows", 5.0),
+        ("__myl_3", 1.5),
+        ("layers.0.norm.add_merge_norm", 2.0),
         *(
             (f"layers.{i}.mixer.{kernel}", us)
             for i in range(2)
@@ -420,16 +426,18 @@ def test_nodes_are_grouped_by_module_and_layer() -> None:
         ("layers.1.norm.add_merge_norm", 2.0),
         ("Reformatting CopyNode", 0.5),
     ]
-    described = {"__myl_7": "[ONNX Layer: layers.1.mixer.out_proj/MatMul]"}
+    described = {"__myl_3": "[ONNX Layer: patch_embed.proj/MatMul]", "__myl_7": "[ONNX Layer: layers.1.mixer.out_proj/MatMul]"}
     tables = profiling.group(times, described, work, profiling.KNOWN["NVIDIA H100 80GB HBM3"])
     rows = {row["module"]: row for row in tables["modules"]}
     assert tables["modules"][0]["module"] == "layers.*.mixer.mamba_scan"
     assert (rows["layers.*.mixer.mamba_scan"]["us"], rows["layers.*.mixer.mamba_scan"]["nodes"]) == (40, 2)
     assert rows["layers.*.mixer.out_proj"]["us"] == 1
     assert "(TensorRT's own)" in rows
-    assert rows["layers.*.norm"]["us"] == 2, "a node under a module with a floor is booked on that"
+    assert (rows["layers.*.norm"]["us"], rows["layers.*.norm"]["nodes"]) == (4, 2), "a node under a module with a floor is booked on that"
+    assert (rows["patch_embed.patch_rows"]["us"], rows["patch_embed.proj"]["us"]) == (5, 1.5)
+    assert all("floor_us" in rows[name] for name in ("patch_embed.patch_rows", "patch_embed.proj", "layers.*.norm"))
     assert tables["layers"]["layers.1"] == 30
-    assert tables["total_ms"] == pytest.approx(0.0625)
+    assert tables["total_ms"] == pytest.approx(0.066)
     assert math.isclose(sum(row["share"] for row in tables["modules"]), 1)
     assert rows["layers.*.mixer.mamba_scan"]["floor_us"] > 0
     shown = result()

@@ -14,6 +14,7 @@ from exporter.passes.cast_precision import cast_precision
 from exporter.passes.detach_bodies import detach_bodies
 from exporter.passes.fuse_add_norm import fuse_add_norm
 from exporter.passes.fuse_mixer import fuse_mixer
+from exporter.passes.fuse_patch_embed import fuse_patch_embed
 from exporter.passes.tensorrt import check_lowered, lower_tensorrt, plugin_nodes
 from exporter.passes.tensorrt_common import plugin_node
 
@@ -69,19 +70,61 @@ def test_lowered_graph_computes_the_same(portable, name):
     assert np.abs(got - want).max() <= 2e-5 * want.std()
 
 
+EMBEDDINGS = {
+    "overlapping patches": {"stride": 8, "image_size": (48, 32)},
+    "odd patches, pixels left over": {"patch_size": 7, "stride": 5, "image_size": (30, 41)},
+    "one patch, the class token first": {"image_size": (16, 16)},
+    "one layer": {"depth": 1},
+}
+
+
+@pytest.mark.parametrize("changes", EMBEDDINGS.values(), ids=EMBEDDINGS)
+def test_patch_embedding_of_any_shape(changes):
+    config = CONFIG.with_changes(**{"depth": 2, "image_size": (32, 48)} | changes)
+    model = stm.VisionMamba(config).eval()
+    model.init_weights(3)
+    images = torch.randn(2, 3, *config.image_size, generator=torch.Generator().manual_seed(1))
+    got = run_lowered(lower_tensorrt(export_onnx(model)), images.numpy())
+    with torch.no_grad():
+        want = model.double()(images.double()).float().numpy()
+    assert np.abs(got - want).max() <= 2e-5 * want.std()
+
+
+def test_the_stream_begins_with_rows_a_gemm_and_the_first_norm(portable):
+    nodes = lower_tensorrt(portable("edge")[1], "fp16").graph.node
+    assert [node.op_type for node in nodes[:4]] == ["StmPatchRows", "MatMul", "StmAddMergeNorm", "MatMul"]
+    rows, gemm, norm, in_proj = nodes[:4]
+    assert list(rows.input) == ["images"]
+    assert [onnx.helper.get_node_attr_value(rows, name) for name in ("patch_size", "stride", "cls_index", "precision")] == [16, 16, 15, b"fp16"]
+    assert (gemm.name, norm.name) == ("patch_embed.proj/MatMul", "layers.0.norm.add_merge_norm")
+    assert list(norm.input) == ["patch_embed.table", gemm.output[0], "layers.0.norm.weight"]
+    assert norm.output[1] == in_proj.input[0] == "layers.0.norm"
+
+
+def test_what_is_the_same_for_all_images_is_one_float32_table(portable):
+    model, proto = portable("none")
+    lowered = lower_tensorrt(proto, "fp16")
+    table = next(onnx.numpy_helper.to_array(i) for i in lowered.graph.initializer if i.name == "patch_embed.table")
+    same = model.pos_embed.detach().numpy()[0] + model.patch_embed.proj.bias.detach().numpy()
+    same[15] = (model.pos_embed[:, 15] + model.cls_token[:, 0]).detach().numpy()[0]
+    assert table.dtype == np.float32
+    np.testing.assert_allclose(table[0], same, rtol=1e-6, atol=1e-6)
+
+
 def test_rules_of_the_merge_become_edge_or_table(portable):
     for names, rule in ((("edge", "edge one side odd", "one_sided", "sum"), "edge"), (("frontier", "mean"), "table")):
         for name in names:
             nodes = [node for node in lower_tensorrt(portable(name)[1]).graph.node if node.op_type == "StmAddMergeNorm"]
             rules = {onnx.helper.get_node_attr_value(node, "merge").decode() for node in nodes}
             assert rules == {"none", rule}, name
+            assert len(nodes) == CONFIG.depth + 1
 
 
 def test_every_node_of_ours_is_a_fused_op_with_the_plugin_key(portable):
     lowered = lower_tensorrt(portable("edge")[1], "fp16")
     fused = {op.name: op for op in FUSED_OPS}
     ours = [node for node in lowered.graph.node if node.op_type.startswith("Stm")]
-    assert len(ours) == len(plugin_nodes(lowered)) == 3 * CONFIG.depth
+    assert len(ours) == len(plugin_nodes(lowered)) == 3 * CONFIG.depth + 2
     assert not lowered.functions
     for node in ours:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
@@ -123,7 +166,7 @@ def test_bf16_rounds_to_nearest_even(portable):
 
 def test_fp16_refuses_a_weight_beyond_its_range(portable):
     graph = gs.import_onnx(portable("none")[1])
-    for step in (detach_bodies, fuse_mixer, fuse_add_norm):
+    for step in (detach_bodies, fuse_patch_embed, fuse_mixer, fuse_add_norm):
         graph = step(graph)
     matmul = next(node for node in graph.nodes if node.op == "MatMul")
     matmul.inputs[1].values = matmul.inputs[1].values * np.float32(1e8)
@@ -158,11 +201,68 @@ def change_half(graph):
                 tensor.values = tensor.values * np.float32(2)
 
 
+def pad_the_patches(graph):
+    first(graph, "Conv").attrs["pads"] = [1, 1, 1, 1]
+
+
+def transpose_otherwise(graph):
+    flatten = first(graph, "Conv").outputs[0].outputs[0]
+    flatten.outputs[0].outputs[0].attrs["perm"] = [1, 0, 2]
+
+
+def two_convolutions(graph):
+    conv = first(graph, "Conv")
+    graph.nodes.append(gs.Node("Conv", "again", conv.attrs, conv.inputs, [gs.Variable("again", np.float32)]))
+    graph.outputs.append(graph.nodes[-1].outputs[0])
+
+
+def join_class_token(graph):
+    return next(node for node in graph.nodes if node.op == "Concat" and len(node.inputs) == 3 and node.attrs["axis"] == 1)
+
+
+def swap_patches(graph):
+    node = join_class_token(graph)
+    node.inputs = node.inputs[::-1]
+
+
+def two_class_tokens(graph):
+    node = join_class_token(graph)
+    node.inputs = [*node.inputs, node.inputs[1]]
+
+
+def lose_patches(graph):
+    node = join_class_token(graph)
+    node.inputs = node.inputs[:2]
+
+
+def two_position_embeddings(graph):
+    add = join_class_token(graph).outputs[0].outputs[0]
+    twice = next(tensor for tensor in add.inputs if isinstance(tensor, gs.Constant))
+    twice.values = np.concatenate([twice.values, twice.values])
+
+
+def step_between_gemm_and_sum(graph):
+    gemm = next(node for node in graph.nodes if node.name.startswith("layers.0.mixer.out_proj"))
+    (add,) = gemm.outputs[0].outputs
+    between = gs.Variable("between", np.float32)
+    add.inputs = [between if tensor is gemm.outputs[0] else tensor for tensor in add.inputs]
+    graph.nodes.append(gs.Node("Relu", "between", {}, [gemm.outputs[0]], [between]))
+    graph.toposort()
+
+
 def drop_scans(graph):
     graph.nodes = [node for node in graph.nodes if not node.op.startswith("StmSelectiveScan")]
 
 
 BREAKS = {
+    "padded patches": (pad_the_patches, "expected square patches of 3 channels, one stride, no padding"),
+    "transposed otherwise": (transpose_otherwise, "not flattened"),
+    "two convolutions": (two_convolutions, "2 convolutions read the input 'images'"),
+    "patches out of order": (swap_patches, "patch 15 follows patch -1"),
+    "two class tokens": (two_class_tokens, "30 of 30 patches and 2 class tokens"),
+    "patches missing": (lose_patches, "15 of 30 patches and 1 class tokens"),
+    "another position embedding": (two_position_embeddings, r"shape \(2, 31, 32\), expected \(1, 31, 32\)"),
+    "a step between GEMM and sum": (step_between_gemm_and_sum, "no operand from a MatMul"),
     "B and C swapped": (swap_b_and_c, "not split into dt, B, C"),
     "another span": (change_span, "span of tokens"),
     "no halving": (change_half, "silu"),

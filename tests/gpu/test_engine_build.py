@@ -159,7 +159,7 @@ def test_command_line_whole_way(work, record, capsys):
     assert main(["verify", str(out), "--reference", str(out.with_suffix(".reference"))]) == 0
     assert main(["inspect", str(out)]) == 0
     report = exporter.inspect(out)
-    assert report["plugin_layers"] == 72
+    assert report["plugin_layers"] == 74  # 24 layers of conv + x_proj, scan, norm; patch rows; the last norm
     assert report["matches_sidecar"]
     blob = bytearray(out.read_bytes())
     blob[len(blob) // 2] ^= 1

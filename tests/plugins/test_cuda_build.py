@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from exporter import libraries
+from exporter.op_schema import FUSED_OPS
 from exporter.plugin_build import MIN_CMAKE, find_headers, find_nvcc, find_tool
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +26,7 @@ HEADERS = find_headers() if os.environ.get("TENSORRT_INCLUDE_DIR") else {}
 
 # Kernels that decide the speed (the `simple` ones and the merge weights do not) must not spill on sm_90, where they are
 # tuned and measured. Elsewhere a few registers outside the loops may: the bound is bytes a thread, stores or loads.
-FAST = re.compile(r"walk|segments|mma|few_kernel|many_kernel|warp_norm")
+FAST = re.compile(r"walk|segments|mma|few_kernel|many_kernel|warp_norm|vector_patch_rows")
 MAX_SPILL_BYTES = {90: 0}
 MAX_SPILL_BYTES_ELSEWHERE = 64
 
@@ -156,7 +157,15 @@ if HEADERS:
         major, folder, _ = plugins
         library = ctypes.CDLL(str(folder / "lib" / f"libstm_trt{major}.so"))
         library.stm_plugin_op_schema.restype = ctypes.c_char_p
-        assert {op["op"] for op in json.loads(library.stm_plugin_op_schema())["ops"]} == set(libraries.CREATORS)
+        ops = {op["op"]: op for op in json.loads(library.stm_plugin_op_schema())["ops"]}
+        assert set(ops) == set(libraries.CREATORS) == {spec.name for spec in FUSED_OPS}
+        for spec in FUSED_OPS:
+            op = ops[spec.name]
+            for tensors, theirs in ((spec.inputs, op["inputs"]), (spec.outputs, op["outputs"])):
+                read = [(t["name"], t["type"], t["when"], t["rank"]) for t in theirs]
+                assert [(t.name, t.type, t.when, t.axes.count(",") + 1) for t in tensors] == read
+            assert [(a.name, a.type) for a in spec.attributes] == [(a["name"], a["type"]) for a in op["attributes"]]
+            assert all(t["required"] or t["default"] == a.default for a, t in zip(spec.attributes, op["attributes"], strict=True))
 
     def test_life_cycle(plugins):
         """Register, create, serialise, clone, through TensorRT's own registry; built in any case."""

@@ -1,18 +1,20 @@
 // kernel_test.cu: every kernel, tactic and type against a float64 reference on the CPU; with --time, how long they
 // take.
-//   kernel_test [--quick] [--time] [--only conv|scan|norm] [--type fp32|fp16|bf16] [--verbose]
+//   kernel_test [--quick] [--time] [--only conv|scan|norm|patch] [--type fp32|fp16|bf16] [--verbose]
 // Outputs start as NaN, with canaries behind them; each case runs twice, the second time from a captured graph, and
 // both results must be equal bit for bit. The reference gets the inputs as rounded to T. Exit code 1 after a failure.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
+#include <random>
 #include <string>
 #include <thread>
 #include <vector>
@@ -20,6 +22,7 @@
 #include "../add_merge_norm.h"
 #include "../conv_xproj.h"
 #include "../mamba_scan.h"
+#include "../patch_rows.h"
 
 namespace {
 
@@ -154,6 +157,7 @@ void parallel_for(int64_t n, const std::function<void(int64_t)>& body) {
 
 struct Options {
   bool quick = false, time = false, verbose = false;
+  double soak = 0;  // seconds
   std::string only, type;
 } options;
 
@@ -514,12 +518,13 @@ struct NormCase {
   int batch = 2, seqlen = 197, d_model = 384;
   MergeRule rule = MergeRule::kNone;
   int left = 0, right = 0, cls = -1;
-  bool per_image = true;
+  bool per_image = true, residual_per_image = true;
   std::string text() const {
     char s[128];
     const char* rules[] = {"none", "edge", "table"};
-    std::snprintf(s, sizeof s, "B%d L%d d%d %s %d+%d%s%s", batch, seqlen, d_model, rules[static_cast<int>(rule)], left,
-                  right, cls >= 0 ? (" cls" + std::to_string(cls)).c_str() : "", per_image ? "" : " shared weights");
+    std::snprintf(s, sizeof s, "B%d L%d d%d %s %d+%d%s%s%s", batch, seqlen, d_model, rules[static_cast<int>(rule)],
+                  left, right, cls >= 0 ? (" cls" + std::to_string(cls)).c_str() : "",
+                  per_image ? "" : " shared weights", residual_per_image ? "" : " shared residual");
     return s;
   }
 };
@@ -551,13 +556,15 @@ void test_norm(const NormCase& c, DataType T) {
   const int64_t W = tables.nb_weights, L_out = tables.seqlen_out;
   const DataType f = DataType::kFloat32;
   const float epsilon = 1e-5f;
-  const Values residual = gaussian(f, B * L * d, 0, 2, 1), hidden = gaussian(T, B * L_hidden * d, 0, 1, 2),
+  const int64_t B_residual = c.residual_per_image ? B : 1;
+  const Values residual = gaussian(f, B_residual * L * d, 0, 2, 1), hidden = gaussian(T, B * L_hidden * d, 0, 1, 2),
                norm_weight = gaussian(f, d, 1, 0.2, 3), weights = gaussian(f, (c.per_image ? B : 1) * W, 0.5, 0.3, 4);
   Values want_residual(B * L_out * d), want_normed(B * L_out * d);
   for (int64_t b = 0; b < B; b++)
     for (int64_t t = 0; t < L_out; t++) {
       std::vector<std::pair<int64_t, double>> members;
       const double* weight = weights.data() + (c.per_image ? b * W : 0);
+      const int64_t b_residual = c.residual_per_image ? b : 0;
       if (c.cls >= 0) {
         members = {{c.cls, 1}};
       } else if (c.rule == MergeRule::kTable) {
@@ -574,7 +581,8 @@ void test_norm(const NormCase& c, DataType T) {
       for (int64_t k = 0; k < d; k++) {
         double x = 0;
         for (auto [from, factor] : members)
-          x += factor * (residual[(b * L + from) * d + k] + hidden[(b * L_hidden + (c.cls >= 0 ? 0 : from)) * d + k]);
+          x += factor * (residual[(b_residual * L + from) * d + k] +
+                         hidden[(b * L_hidden + (c.cls >= 0 ? 0 : from)) * d + k]);
         want_residual[(b * L_out + t) * d + k] = x;
         square += x * x;
       }
@@ -588,6 +596,7 @@ void test_norm(const NormCase& c, DataType T) {
   AddMergeNormParams p{};
   p.batch = c.batch, p.seqlen_in = c.seqlen, p.seqlen_out = tables.seqlen_out, p.d_model = c.d_model, p.rule = c.rule;
   p.left = c.left, p.right = c.right, p.nb_weights = tables.nb_weights, p.weights_per_image = c.per_image;
+  p.residual_per_image = c.residual_per_image;
   p.cls_index = c.cls, p.epsilon = epsilon, p.type = T, p.residual = residual_in.as<float>(), p.hidden = hidden_in.data;
   p.norm_weight = norm_in.as<float>(), p.merge_weights = weights_in.as<float>();
   p.begin = begin.as<int32_t>(), p.members = members.as<int32_t>(), p.member_weight = member_weight.as<int32_t>();
@@ -601,6 +610,46 @@ void test_norm(const NormCase& c, DataType T) {
   // rounding alone is 2.1e-4 in fp16 and 1.7e-3 in bf16
   const double bound = T == f ? 1e-6 : T == DataType::kFloat16 ? 4e-4 : 3e-3;
   report(group, c.text() + " normed", ran ? relative_error(got[1], want_normed) : NAN, bound, trouble);
+}
+
+// ---- patch_rows -------------------------------------------------------------------------------------------------
+
+struct PatchCase {
+  int batch = 2, height = 48, width = 64, patch = 16, stride = 16, cls = 6;
+  int offset = 0;  // floats from an aligned address to the images
+  int grid_h() const { return (height - patch) / stride + 1; }
+  int grid_w() const { return (width - patch) / stride + 1; }
+  int seqlen() const { return grid_h() * grid_w() + (cls >= 0); }
+  std::string text() const {
+    char s[128];
+    std::snprintf(s, sizeof s, "B%d %dx%d p%d s%d cls%d%s", batch, height, width, patch, stride, cls,
+                  offset ? " offset" : "");
+    return s;
+  }
+};
+
+// Nothing is computed, so every value must be the pixel as rounded to T, or zero.
+void test_patch(const PatchCase& c, DataType T) {
+  const int64_t B = c.batch, H = c.height, W = c.width, P = c.patch, K = 3 * P * P, L = c.seqlen();
+  const Values images = gaussian(DataType::kFloat32, c.offset + B * 3 * H * W, 0, 1, 1);
+  const double* first = images.data() + c.offset;
+  Values want(B * L * K, 0.);
+  for (int64_t b = 0; b < B; b++)
+    for (int64_t n = 0; n < c.grid_h() * c.grid_w(); n++) {
+      const int64_t y = n / c.grid_w() * c.stride, x = n % c.grid_w() * c.stride, t = n + (c.cls >= 0 && n >= c.cls);
+      for (int64_t k = 0; k < K; k++)
+        want[(b * L + t) * K + k] =
+            round_to(T, first[((b * 3 + k / (P * P)) * H + y + k / P % P) * W + x + k % P]);
+    }
+  Buffer images_in(images, DataType::kFloat32), rows(want.size() * size_of(T));
+  PatchRowsParams p{};
+  p.batch = c.batch, p.height = c.height, p.width = c.width, p.patch = c.patch, p.stride = c.stride;
+  p.cls_index = c.cls, p.type = T, p.images = images_in.as<float>() + c.offset, p.rows = rows.data;
+  std::vector<Values> got;
+  const std::string trouble = run_twice([&](cudaStream_t s) { return patch_rows(p, s); }, {{&rows, T}}, got);
+  double wrong = got.empty() ? NAN : 0;
+  for (size_t i = 0; i < want.size() && !got.empty(); i++) wrong += !(got[0][i] == want[i]);
+  report(std::string("patch_rows ") + name_of(T), c.text(), wrong, 0.5, trouble);
 }
 
 // ---- what must be refused ---------------------------------------------------------------------------------------
@@ -626,6 +675,13 @@ void test_refusals() {
   AddMergeNormParams norm{};
   norm.batch = 1, norm.seqlen_in = 8, norm.seqlen_out = 7, norm.d_model = 64, norm.cls_index = -1;
   expect("no merge, lengths 8 and 7", add_merge_norm(norm, nullptr));
+  PatchRowsParams patch{};
+  patch.batch = 1, patch.height = 16, patch.width = 16, patch.patch = 17, patch.stride = 16, patch.cls_index = -1;
+  expect("patch 17 of 16 pixels", patch_rows(patch, nullptr));
+  patch.patch = 16, patch.cls_index = 2;
+  expect("class token 2 of 2 rows", patch_rows(patch, nullptr));
+  patch.cls_index = -1, patch.stride = 0;
+  expect("patch stride 0", patch_rows(patch, nullptr));
 }
 
 // ---- cases ------------------------------------------------------------------------------------------------------
@@ -730,6 +786,13 @@ std::vector<NormCase> norm_cases() {
     for (bool per_image : {true, false})
       add([&](NormCase& c) { c.d_model = d, c.rule = MergeRule::kTable, c.per_image = per_image; });
     for (int cls : {0, 98, 196}) add([&](NormCase& c) { c.d_model = d, c.cls = cls; });
+    for (int B : {1, 3}) add([&](NormCase& c) { c.d_model = d, c.batch = B, c.residual_per_image = false; });
+    add([&](NormCase& c) { c.d_model = d, c.cls = 98, c.residual_per_image = false; });
+    for (MergeRule rule : {MergeRule::kEdge, MergeRule::kTable})
+      add([&](NormCase& c) {
+        c.d_model = d, c.rule = rule, c.residual_per_image = false;
+        if (rule == MergeRule::kEdge) c.left = 2, c.right = 1;
+      });
   }
   if (options.quick) {
     std::vector<NormCase> few;
@@ -737,6 +800,86 @@ std::vector<NormCase> norm_cases() {
     return few;
   }
   return cases;
+}
+
+std::vector<PatchCase> patch_cases() {
+  std::vector<PatchCase> cases;
+  auto add = [&](auto edit) {
+    PatchCase c;
+    edit(c);
+    cases.push_back(c);
+  };
+  auto sides = [&](int height, int width, int patch, int stride) {
+    add([&](PatchCase& c) {
+      c.height = height, c.width = width, c.patch = patch, c.stride = stride;
+      c.cls = c.grid_h() * c.grid_w() / 2;
+    });
+  };
+  for (int cls : {-1, 0, 6, 12}) add([&](PatchCase& c) { c.cls = cls; });
+  for (int cls : {-1, 0, 15}) add([&](PatchCase& c) { c.cls = cls, c.patch = 14, c.stride = 13; });
+  add([](PatchCase& c) { c.offset = 1; });
+  sides(50, 68, 16, 16);  // pixels left over, vectors still fit
+  sides(50, 67, 16, 16);
+  sides(51, 61, 8, 5);
+  for (int patch : {1, 2, 4, 8, 12, 14, 32, 64, 68}) sides(2 * patch + 3, 3 * patch + 4 - 3 * patch % 4, patch, patch);
+  for (int patch : {4, 8, 16}) sides(2 * patch, 4 * patch, patch, 4);
+  sides(16, 16, 16, 16);
+  sides(32, 1040, 16, 16);  // more patches in a row than a block copies at once
+  sides(14, 1001, 14, 7);
+  for (int B : {1, 3}) {
+    add([&](PatchCase& c) { c.batch = B, c.height = 224, c.width = 224, c.cls = 98; });
+    add([&](PatchCase& c) { c.batch = B, c.height = 224, c.width = 224, c.stride = 8, c.cls = 364; });
+  }
+  if (options.quick) {
+    std::vector<PatchCase> few;
+    for (size_t i = 0; i + 3 < cases.size(); i += 3) few.push_back(cases[i]);
+    return few;
+  }
+  return cases;
+}
+
+// ---- soak -------------------------------------------------------------------------------------------------------
+
+// Random extents, types and options for so many seconds, each against float64 like the fixed cases; then what was
+// allocated must be free again.
+void soak(double seconds) {
+  std::mt19937 random(20261123);
+  auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
+  auto free_bytes = [] {
+    size_t free = 0, total = 0;
+    CHECK_CUDA(cudaMemGetInfo(&free, &total));
+    return free;
+  };
+  const auto start = std::chrono::steady_clock::now();
+  size_t before = 0;
+  int rounds = 0;
+  while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds) {
+    Case c;
+    const int granules[] = {1, 4, 16, 32};
+    const int granule = granules[below(4)];
+    c.seqlen = below(20) ? 1 + below(260) : 261 + below(1200);
+    c.d_inner = granule * (1 + below(256 / granule));
+    c.d_state = below(3) ? 16 : 1 + below(64);
+    c.dt_rank = below(3) ? 4 * (1 + below(16)) : 1 + below(64);
+    c.batch = 1 + below(4);
+    while (c.batch > 1 && static_cast<double>(c.batch) * c.seqlen * c.d_inner * c.d_state > 4e6) c.batch--;
+    if (below(5) == 0) c.cls = below(c.seqlen);
+    c.mode = c.seqlen >= 9 ? below(4) : 0;
+    c.pairs = below(2), c.scaled = below(2), c.level = below(2) ? Level::kTrained : Level::kHard;
+    const DataType T = kTypes[below(3)];
+    if (static_cast<double>(c.batch) * c.seqlen * c.d_inner * c.d_state <= 2e7) test_scan(c, T);
+    test_conv(c, T);
+    NormCase n;
+    n.batch = 1 + below(5), n.seqlen = 3 + below(300), n.d_model = 4 * (1 + below(300));
+    n.rule = below(2) ? MergeRule::kEdge : MergeRule::kNone;
+    if (n.rule == MergeRule::kEdge) n.left = below(n.seqlen / 3 + 1), n.right = below(n.seqlen / 3 + 1);
+    test_norm(n, T);
+    if (++rounds == 20) before = free_bytes();  // lazily loaded kernels have taken their memory
+  }
+  const size_t after = free_bytes();
+  std::printf("soak: %.0f s, %d rounds, memory lost since round 20: %.1f MiB\n", seconds, rounds,
+              before > after ? static_cast<double>(before - after) / 1048576. : 0.);
+  report("soak", "memory", before && before > after ? static_cast<double>(before - after) : 0., 16. * 1048576., "");
 }
 
 // ---- timing -----------------------------------------------------------------------------------------------------
@@ -846,16 +989,44 @@ void time_layer(const char* model, int E, int R, int batch, int L, DataType T) {
     AddMergeNormParams p{};
     p.batch = batch, p.seqlen_in = L, p.seqlen_out = L, p.d_model = static_cast<int32_t>(d), p.cls_index = -1;
     p.epsilon = 1e-5f, p.type = T, p.residual = residual.as<float>(), p.hidden = hidden.data;
+    p.residual_per_image = true;
     p.norm_weight = norm_weight.as<float>(), p.residual_out = residual_out.as<float>(), p.normed = normed.data;
     line("add_merge_norm", "no merge", time_us([&](cudaStream_t s) { return add_merge_norm(p, s); }), norm_floor);
+    p.residual_per_image = false;
+    line("add_merge_norm", "shared residual", time_us([&](cudaStream_t s) { return add_merge_norm(p, s); }),
+         static_cast<double>(tokens) * d * (4 + 2 * size) / bytes);
+    p.residual_per_image = true;
     p.rule = MergeRule::kEdge, p.left = 2, p.right = 2, p.seqlen_out = L - 4, p.nb_weights = 4;
     p.weights_per_image = true, p.merge_weights = buffers.weights.as<float>();
     line("add_merge_norm", "edge 2 + 2", time_us([&](cudaStream_t s) { return add_merge_norm(p, s); }), norm_floor);
   }
 }
 
+void time_patches(int batch, int side, int stride, DataType T) {
+  PatchRowsParams p{};
+  p.batch = batch, p.height = side, p.width = side, p.patch = 16, p.stride = stride, p.type = T;
+  p.cls_index = static_cast<int32_t>(patch_rows_seqlen(side, side, 16, stride, -1)) / 2;
+  const int64_t seqlen = patch_rows_seqlen(side, side, 16, stride, p.cls_index);
+  const size_t pixels = static_cast<size_t>(batch) * 3 * side * side;
+  Buffer images(pixels * 4), rows(static_cast<size_t>(batch * seqlen * 768) * size_of(T));
+  CHECK_CUDA(cudaMemset(images.data, 0, images.bytes));
+  p.images = images.as<float>(), p.rows = rows.data;
+  const double floor = static_cast<double>(images.bytes + rows.bytes) / 3.0e6;
+  const double us = time_us([&](cudaStream_t s) { return patch_rows(p, s); });
+  std::printf("    b%-4d L%-5d %-5s %-14s %-22s %10.1f us, floor %8.1f, x %.2f\n", batch, static_cast<int>(seqlen),
+              name_of(T), "patch_rows", ("patch 16 stride " + std::to_string(stride)).c_str(), us, floor,
+              us / std::max(floor, 0.9));
+}
+
 void time_all() {
   std::printf("Floors: 3.0 TB/s, 4.15 T special-function operations a second (facts/perf.md), a launch is 0.9 us.\n");
+  if (wanted("patch")) {
+    for (int batch : {1, 8, 64, 128}) time_patches(batch, 224, 16, DataType::kFloat16);
+    time_patches(128, 224, 16, DataType::kFloat32);
+    time_patches(64, 224, 8, DataType::kFloat16);
+    time_patches(16, 1024, 16, DataType::kFloat16);
+  }
+  if (options.only == "patch") return;
   for (const Model& m : kModels)
     for (int batch : {1, 8, 64, 128}) time_layer(m.name, m.d_inner, m.dt_rank, batch, 197, DataType::kFloat16);
   time_layer("S", 768, 24, 1, 577, DataType::kFloat16);
@@ -867,7 +1038,7 @@ void time_all() {
 }  // namespace
 
 const char kUsage[] =
-    "usage: kernel_test [--quick] [--time] [--only conv|scan|norm] [--type fp32|fp16|bf16] [--verbose]";
+    "usage: kernel_test [--quick] [--time] [--soak SECONDS] [--only conv|scan|norm|patch] [--type fp32|fp16|bf16] [--verbose]";
 
 int main(int argc, char** argv) {
   for (int i = 1; i < argc; i++) {
@@ -875,6 +1046,7 @@ int main(int argc, char** argv) {
     if (a == "--quick") options.quick = true;
     else if (a == "--time") options.time = true;
     else if (a == "--verbose") options.verbose = true;
+    else if (a == "--soak" && i + 1 < argc) options.soak = std::atof(argv[++i]);
     else if (a == "--only" && i + 1 < argc) options.only = argv[++i];
     else if (a == "--type" && i + 1 < argc) options.type = argv[++i];
     else {
@@ -889,17 +1061,20 @@ int main(int argc, char** argv) {
     time_all();
     return 0;
   }
+  if (options.soak > 0) soak(options.soak);
   for (DataType T : kTypes) {
-    if (!options.type.empty() && options.type != name_of(T)) continue;
+    if (options.soak > 0 || (!options.type.empty() && options.type != name_of(T))) continue;
     if (wanted("norm"))
       for (const NormCase& c : norm_cases()) test_norm(c, T);
+    if (wanted("patch"))
+      for (const PatchCase& c : patch_cases()) test_patch(c, T);
     if (wanted("conv"))
       for (const Case& c : conv_cases()) test_conv(c, T);
     if (wanted("scan"))
       for (const Case& c : scan_cases()) test_scan(c, T);
     std::fflush(stdout);
   }
-  if (options.only.empty()) test_refusals();
+  if (options.only.empty() && options.soak == 0) test_refusals();
   std::printf("%-30s %6s %6s  %9s %8s  %s\n", "kernel", "cases", "failed", "worst", "of bound", "worst case");
   for (const auto& [name, g] : groups)
     std::printf("%-30s %6d %6d  %9.2e %8.2f  %s\n", name.c_str(), g.cases, g.failures, g.worst, g.worst_ratio,

@@ -83,8 +83,16 @@ struct Builder final : IExprBuilder {
     }
     const IDimensionExpr* constant(int64_t value) override { return make(value, std::to_string(value)); }
     const IDimensionExpr* operation(DimensionOperation op, const IDimensionExpr& a, const IDimensionExpr& b) override {
-      const char* sign = op == DimensionOperation::kSUB ? "-" : op == DimensionOperation::kSUM ? "+" : op == DimensionOperation::kPROD ? "*" : "?";
-      return make(-1, static_cast<const Expr&>(a).name + sign + static_cast<const Expr&>(b).name);
+      const char* sign = op == DimensionOperation::kSUB   ? "-"
+                         : op == DimensionOperation::kSUM  ? "+"
+                         : op == DimensionOperation::kPROD ? "*"
+                         : op == DimensionOperation::kFLOOR_DIV ? "/" : "?";
+      const auto side = [sign](const IDimensionExpr& e) {  // what a product or a quotient takes is a term of its own
+        const std::string& name = static_cast<const Expr&>(e).name;
+        const bool sum = name.find_first_of("+-") != std::string::npos;
+        return sum && (*sign == '*' || *sign == '/') ? "(" + name + ")" : name;
+      };
+      return make(-1, side(a) + sign + side(b));
     }
     const IDimensionExpr* declareSizeTensor(int32_t, const IDimensionExpr&, const IDimensionExpr&) override { return nullptr; }
   } impl;
@@ -206,6 +214,14 @@ struct Case {
 constexpr int64_t kBatch = -1, kSeqlen = 197, kModel = 192, kInner = 384, kState = 16, kRank = 12, kRow = 48;
 const DataType F = DataType::kFLOAT, I = DataType::kINT32;
 
+// Images of 224 x 224 pixels in patches of 16, as vim-t reads them.
+Case patch_case(DataType T, int cls, int64_t height = 224, int64_t width = 224, int patch = 16, int stride = 16) {
+  const char* precision = T == DataType::kFLOAT ? "fp32" : T == DataType::kHALF ? "fp16" : "bf16";
+  const int64_t seqlen = ((height - patch) / stride + 1) * ((width - patch) / stride + 1) + (cls >= 0), row = 3 * patch * patch;
+  return {"StmPatchRows", {{"patch_size", patch}, {"stride", stride}, {"cls_index", cls}, {"precision", precision}},
+          {{{kBatch, 3, height, width}, F}}, {{{kBatch, seqlen, row}, T}}, {"B," + std::to_string(seqlen) + "," + std::to_string(row)}};
+}
+
 Case conv_case(DataType T) {
   return {"StmConvXProj", {},
           {{{kBatch, kSeqlen, 2 * kInner}, T}, {{2, kInner, 4}, F}, {{2, kInner}, F}, {{2, kRow, kInner}, T}},
@@ -226,6 +242,12 @@ Case scan_case(DataType T, int cls, int mode, int scaled) {
   return c;
 }
 
+// One residual for all images, as the first norm's table of position embeddings.
+Case shared_residual(Case c) {
+  c.inputs[0].shape[0] = 1;
+  return c;
+}
+
 Case norm_case(DataType T, const char* merge, int cls = -1) {
   const bool edge = !std::strcmp(merge, "edge"), table = !std::strcmp(merge, "table");
   const int64_t out = cls >= 0 ? 1 : edge ? kSeqlen - 3 : table ? 190 : kSeqlen;
@@ -243,11 +265,16 @@ Case norm_case(DataType T, const char* merge, int cls = -1) {
 std::vector<Case> all_cases() {
   std::vector<Case> cases;
   for (DataType T : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16}) {
+    cases.push_back(patch_case(T, 98));
+    cases.push_back(patch_case(T, -1));
+    cases.push_back(patch_case(T, 0, 233, 517, 14, 8));
     cases.push_back(conv_case(T));
     for (int mode : {0, 1, 2, 3}) for (int scaled : {0, 1}) cases.push_back(scan_case(T, -1, mode, scaled));
     cases.push_back(scan_case(T, 98, 0, 1));
     for (const char* merge : {"none", "edge", "table"}) cases.push_back(norm_case(T, merge));
     cases.push_back(norm_case(T, "none", 98));
+    cases.push_back(shared_residual(norm_case(T, "none")));
+    cases.push_back(shared_residual(norm_case(T, "table")));
   }
   return cases;
 }
@@ -259,7 +286,7 @@ int32_t data_types(const Handle& h, const Tensors& inputs, int32_t nb_out, std::
   return h.build->getOutputDataTypes(out.data(), nb_out, in.data(), int32_t(in.size()));
 }
 
-// Output shapes as text; empty if refused. An unknown extent reads "B", so the batch is the only one.
+// Output shapes as text; empty if refused. An unknown extent reads "B" if it is -1 (the batch), "L" if it is -2, "W" else.
 std::vector<std::string> shapes(const Handle& h, const Tensors& inputs, size_t nb_out) {
   Builder builder;
   std::vector<DimsExprs> in(inputs.size()), out(nb_out);
@@ -267,7 +294,7 @@ std::vector<std::string> shapes(const Handle& h, const Tensors& inputs, size_t n
     in[i].nbDims = int32_t(inputs[i].shape.size());
     for (int32_t a = 0; a < in[i].nbDims; ++a) {
       const int64_t e = inputs[i].shape[size_t(a)];
-      in[i].d[a] = builder.impl.make(e, e < 0 ? (e == -1 ? "B" : "L") : std::to_string(e));
+      in[i].d[a] = builder.impl.make(e, e >= 0 ? std::to_string(e) : e == -1 ? "B" : e == -2 ? "L" : "W");
     }
   }
   if (h.build->getOutputShapes(in.data(), int32_t(in.size()), nullptr, 0, out.data(), int32_t(nb_out), builder) != 0) return {};
@@ -316,7 +343,8 @@ void check_types(const Case& c, const Handle& h) {
   for (const Tensor& t : c.inputs) all.push_back(dynamic_of(t, 8));
   for (const Tensor& t : c.outputs) all.push_back(dynamic_of(t, 8));
   const int32_t nb_in = int32_t(c.inputs.size()), nb_out = int32_t(c.outputs.size());
-  const int32_t t_input = std::strcmp(c.op, "StmAddMergeNorm") == 0 ? 1 : 0;
+  // The input that may have any activation type, as it decides on T.
+  const int32_t t_input = std::strcmp(c.op, "StmAddMergeNorm") == 0 ? 1 : std::strcmp(c.op, "StmPatchRows") == 0 ? -1 : 0;
   for (int32_t position = 0; position < nb_in + nb_out; ++position) {
     const PluginTensorDesc good = all[size_t(position)].desc;
     CHECK(h.build->supportsFormatCombination(position, all.data(), nb_in, nb_out));
@@ -350,7 +378,7 @@ void check_tactics(const Case& c, const Handle& h) {
   const int32_t nb = h.build->getNbTactics();
   std::vector<int32_t> tactics(size_t(nb) + 1, -7);
   CHECK(h.build->getValidTactics(tactics.data(), nb) == 0 && tactics[size_t(nb)] == -7);
-  CHECK((nb == 0) == (std::strcmp(c.op, "StmAddMergeNorm") == 0));
+  CHECK((nb == 0) == (!std::strcmp(c.op, "StmAddMergeNorm") || !std::strcmp(c.op, "StmPatchRows")));
   for (int32_t i = 0; i < nb; ++i) {
     CHECK(tactics[size_t(i)] > 0);
     for (int32_t k = 0; k < i; ++k) CHECK(tactics[size_t(i)] != tactics[size_t(k)]);
@@ -403,7 +431,15 @@ Attributes without(Attributes attributes, const std::string& name) {
 
 void check_bad_attributes() {
   const Attributes scan = scan_case(F, -1, 0, 0).attributes, none = norm_case(F, "none").attributes, edge = norm_case(F, "edge").attributes,
-                   table = norm_case(F, "table").attributes;
+                   table = norm_case(F, "table").attributes, patch = patch_case(F, 98).attributes;
+  refuse("StmPatchRows", without(patch, "patch_size"), {"StmPatchRows 'node_7'", "'patch_size'", "is missing"});
+  refuse("StmPatchRows", without(patch, "stride"), {"'stride'", "is missing"});
+  refuse("StmPatchRows", with(patch, "patch_size", 0), {"'patch_size'", "is 0", "between 1 and 256"});
+  refuse("StmPatchRows", with(patch, "patch_size", 257), {"'patch_size'", "is 257"});
+  refuse("StmPatchRows", with(patch, "stride", 0), {"'stride'", "is 0"});
+  refuse("StmPatchRows", with(patch, "cls_index", -2), {"'cls_index'", "is -2"});
+  refuse("StmPatchRows", with(patch, "precision", "int8"), {"'precision' is 'int8'", "'fp32', 'fp16', 'bf16'"});
+  refuse("StmPatchRows", with(patch, "precision", 1), {"'precision'", "must be one STRING"});
   refuse("StmConvXProj", {{"cls_index", 1}}, {"StmConvXProj 'node_7'", "'cls_index' is unknown"});
   refuse("StmMambaScan", with(scan, "weight_mode", 4), {"'weight_mode'", "is 4", "between 0 and 3"});
   refuse("StmMambaScan", with(scan, "weight_mode", -1), {"'weight_mode'", "is -1"});
@@ -447,7 +483,7 @@ void check_bad_attributes() {
   const PluginFieldCollection doubled{2, twice};
   CHECK(!creator_of("StmAddMergeNorm")->createPlugin("node_7", &doubled, TensorRTPhase::kBUILD) && said({"'merge' is given twice"}));
   // No collection at all: nothing is missing for an op without attributes.
-  for (const char* op : {"StmMambaScan", "StmAddMergeNorm"}) {
+  for (const char* op : {"StmMambaScan", "StmAddMergeNorm", "StmPatchRows"}) {
     for (TensorRTPhase phase : {TensorRTPhase::kBUILD, TensorRTPhase::kRUNTIME}) CHECK(!creator_of(op)->createPlugin(nullptr, nullptr, phase) && said({op, "is missing"}));
   }
   CHECK(Handle(creator_of("StmConvXProj")->createPlugin(nullptr, nullptr, TensorRTPhase::kRUNTIME)).plugin);
@@ -500,6 +536,34 @@ void check_bad_shapes() {
   shorter.inputs[0].shape[1] = 180;
   refuse_shape(shorter, 1, {kBatch, 180, kModel}, {"out_len is 190", "180 tokens"});
 
+  const Case patch = patch_case(F, 98);
+  refuse_shape(patch, 0, {kBatch, 3, 224}, {"StmPatchRows 'node_7'", "'images'", "(batch, 3, height, width)"});
+  refuse_shape(patch, 0, {kBatch, 1, 224, 224}, {"'images' is (", "1, 224, 224), needs (batch, 3, height, width)"});
+  refuse_shape(patch, 0, {kBatch, 3, 224, 15}, {"images have width 15, but patch_size is 16"});
+  refuse_shape(patch, 0, {kBatch, 3, 0, 224}, {"images have height 0"});
+  refuse_shape(patch, 0, {kBatch, 3, 112, 208}, {"cls_index is 98, but images of 112 x 208 pixels make 91 patches"});
+  refuse_shape(patch, 0, {kBatch, 3, 4096, 4096}, {"seqlen is 65537", "16384"});
+  CHECK(shape_change(Handle(create(patch.op, patch_case(F, 91).attributes)), patch_case(F, 91, 112, 208), 8) == 0);  // the last place
+  Case sides = patch;  // dynamic sides: the output follows them, and what is wrong shows when it runs
+  sides.inputs[0].shape[2] = -2, sides.inputs[0].shape[3] = -3;
+  const Handle rows_of(create(patch.op, patch.attributes));
+  CHECK(shapes(rows_of, sides.inputs, 1) == std::vector<std::string>({"B,((L-16)/16+1)*((W-16)/16+1)+1,768"}));
+  sides.inputs[0].shape[2] = 240;
+  CHECK(shapes(rows_of, sides.inputs, 1) == std::vector<std::string>({"B,((240-16)/16+1)*((W-16)/16+1)+1,768"}));
+  const Handle no_token(create(patch.op, patch_case(F, -1).attributes));
+  CHECK(shapes(no_token, sides.inputs, 1) == std::vector<std::string>({"B,((240-16)/16+1)*((W-16)/16+1),768"}));
+  Case other = patch;
+  other.outputs[0].shape[1] = 196;
+  CHECK(shape_change(rows_of, other, 8) != 0 && said({"output 0 'rows' is (8, 196, 768), needs (batch, seqlen, 768)"}));
+
+  // Only known when it runs: the images of residual against the batch
+  const Handle plain(create(none.op, none.attributes));
+  Case five = none;
+  five.inputs[0].shape[0] = 5;
+  CHECK(!shapes(plain, five.inputs, 2).empty() && shape_change(plain, five, 5) == 0 && shape_change(plain, five, 8) != 0);
+  CHECK(said({"residual has 5 images, needs 1 or the batch, 8"}));
+  CHECK(shape_change(plain, shared_residual(none), 1) == 0 && shape_change(plain, shared_residual(none), 8) == 0);
+
   // Only known when it runs: the rows of merge_weights against the batch, and an output of another length.
   const Handle h(create(edge.op, edge.attributes));
   Case rows = edge;
@@ -518,7 +582,7 @@ void check_bad_shapes() {
 }
 
 void check_bad_types_and_counts() {
-  for (Case c : {scan_case(DataType::kHALF, -1, 1, 0), conv_case(DataType::kHALF), norm_case(DataType::kHALF, "table")}) {
+  for (Case c : {scan_case(DataType::kHALF, -1, 1, 0), conv_case(DataType::kHALF), norm_case(DataType::kHALF, "table"), patch_case(DataType::kHALF, 98)}) {
     const Handle h(create(c.op, c.attributes));
     std::vector<DataType> out;
     const int32_t nb_out = int32_t(c.outputs.size());
@@ -529,7 +593,8 @@ void check_bad_types_and_counts() {
     }
     Tensors fewer(c.inputs.begin(), c.inputs.end() - 1);
     const std::string count = "has " + std::to_string(fewer.size()) + " inputs, needs " + std::to_string(c.inputs.size());
-    CHECK(data_types(h, fewer, nb_out, out) != 0 && said({count.c_str(), std::strcmp(c.op, "StmAddMergeNorm") ? "xz, " : "residual, hidden, "}));
+    const char* names = !std::strcmp(c.op, "StmAddMergeNorm") ? "residual, hidden, " : !std::strcmp(c.op, "StmPatchRows") ? "images" : "xz, ";
+    CHECK(data_types(h, fewer, nb_out, out) != 0 && said({count.c_str(), names}));
     CHECK(data_types(h, c.inputs, nb_out + 1, out) != 0 && said({"outputs, needs"}));
     CHECK(shapes(h, fewer, c.outputs.size()).empty() && said({count.c_str()}));
   }
