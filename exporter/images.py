@@ -6,12 +6,17 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from stm.errors import ConfigError
+from stm.registry import model_entry
+
+if TYPE_CHECKING:  # this module runs without torch
+    from stm.vim import VisionMamba
 
 DATA = Path(__file__).parent / "data"
 CROP_RATIO = 0.875
@@ -106,6 +111,16 @@ def varied_inputs(size: tuple[int, int], mean: Sequence[float], std: Sequence[fl
             picture = picture[:, :, ::-1]
         pictures.append(picture * np.float32(rng.uniform(0.6, 1.4)))
     return np.stack(pictures)
+
+
+def class_names(model: VisionMamba) -> list[str] | None:
+    """What a model's classes are called: the published weights' own names, ImageNet's for 1000 classes, else unknown."""
+    provenance = model.provenance
+    if provenance is not None and provenance.kind == "published":
+        names = model_entry(model.config.name).class_names
+        if names is not None and len(names) == model.config.num_classes:
+            return list(names)
+    return imagenet_classes() if model.config.num_classes == 1000 else None
 
 
 def imagenet_classes() -> list[str]:

@@ -21,7 +21,7 @@ def create_model(
     checkpoint: str | os.PathLike[str] | None = None,
     plan: MergePlan | str | os.PathLike[str] | None = None,
     image_size: ImageSize = 224,
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     seed: int = 0,
     ema: bool = False,
     pos_embed_resize: str = "correct",
@@ -31,11 +31,13 @@ def create_model(
 
     Args:
         name: `stm.list_models()`, or an official timm name.
-        pretrained: fetch the published weights (base: its EMA weights, whose top-1 is the published one).
+        pretrained: take the published weights: from the package (vim-n), or fetched from the model hub (base: its EMA
+            weights, whose top-1 is the published one).
         checkpoint: a weights file; excludes `pretrained`. Without either, weights are random from `seed`.
         plan: a MergePlan, a preset name such as "stm-20", or a plan file.
         image_size: pixels, one number or (height, width); a checkpoint of another size gets its position embedding
             interpolated.
+        num_classes: of the head; without it as many as the published weights have.
         ema: take the checkpoint's `model_ema`.
         pos_embed_resize: "correct", "official" or "keep", see `resize_pos_embed`; `provenance` says what was interpolated.
         cls_only_last: compute only the class token in the last layer (exact).
@@ -55,8 +57,8 @@ def create_model(
         model = VisionMamba(config, cls_only_last=cls_only_last)
     kind = "checkpoint"
     if pretrained:
-        checkpoint, published = fetch_published(config.name)
-        ema, kind = ema or published.ema, "published"
+        checkpoint, published_ema = fetch_published(config.name)
+        ema, kind = ema or published_ema, "published"
     if checkpoint is not None:
         loaded = load_checkpoint(checkpoint, ema)
         state = fit_state_dict(model, config, loaded.state_dict, str(loaded.path), pos_embed_resize)

@@ -1,4 +1,4 @@
-"""Published weights from the model hub, fetched once and cached by huggingface_hub."""
+"""Published weights: from the package, or from the model hub, fetched once and cached by huggingface_hub."""
 
 from __future__ import annotations
 
@@ -7,21 +7,29 @@ import os
 from pathlib import Path
 
 from .errors import MissingDependencyError
-from .registry import PublishedWeights, model_entry
+from .registry import PackagedWeights, model_entry
 
 
-def fetch_published(name: str) -> tuple[Path, PublishedWeights]:
-    """Download (once, with a progress bar) the published checkpoint of a model; returns its path in the cache.
+def fetch_published(name: str) -> tuple[Path, bool]:
+    """The published checkpoint of a model: its path, and whether the published top-1 is that of its `model_ema`.
 
-    Honours huggingface_hub's environment (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE).
+    It lies in the package, or is downloaded (once, with a progress bar) into huggingface_hub's cache, whose environment
+    (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE) is honoured.
 
     Raises:
-        MissingDependencyError: huggingface_hub or the network is not there; says the two ways on.
+        MissingDependencyError: the package lacks the file, or huggingface_hub or the network is not there; says the two ways on.
     """
     weights = model_entry(name).weights
     ways = "Pass --checkpoint FILE, or --weights random for a trial with random weights (every output will say so)."
     if weights is None:
         raise MissingDependencyError(f"{name!r} has no published weights. {ways}")
+    if isinstance(weights, PackagedWeights):
+        if not weights.path.is_file():
+            raise MissingDependencyError(
+                f"the weights of {name!r} are part of this package, and {weights.path} is not there: "
+                f"install it again, or train them as docs/training.md says. {ways}"
+            )
+        return weights.path, False
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
@@ -36,4 +44,4 @@ def fetch_published(name: str) -> tuple[Path, PublishedWeights]:
         raise MissingDependencyError(f"the published weights {weights.repo}/{weights.filename} cannot be had ({reason}). {ways}") from None
     finally:
         logger.setLevel(level)
-    return Path(path), weights
+    return Path(path), weights.ema

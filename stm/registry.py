@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from pathlib import Path
 
 from .config import ImageSize, VimConfig, image_size_pair
+from .data.names import CLASS_NAMES
 from .errors import ConfigError
+
+WEIGHTS_FOLDER = Path(__file__).with_name("weights")
 
 
 @dataclass(frozen=True)
@@ -25,16 +29,36 @@ class PublishedWeights:
 
 
 @dataclass(frozen=True)
+class PackagedWeights:
+    """Weights that we trained, a .safetensors in the package (stm/weights); README.md there is their model card."""
+
+    filename: str
+
+    @property
+    def path(self) -> Path:
+        return WEIGHTS_FOLDER / self.filename
+
+
+@dataclass(frozen=True)
 class ModelEntry:
+    """`class_names` are those of `weights`, where they are not ImageNet's."""
+
     config: VimConfig
-    official_name: str
-    weights: PublishedWeights | None
+    official_name: str | None
+    weights: PublishedWeights | PackagedWeights | None
+    class_names: tuple[str, ...] | None = None
 
 
-_TINY, _SMALL, _BASE = 192, 384, 768
+_NANO, _TINY, _SMALL, _BASE = 64, 192, 384, 768
 _SUFFIX = "bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
 
 _MODELS = {
+    "vim-n": ModelEntry(
+        VimConfig("vim-n", _NANO, num_classes=len(CLASS_NAMES)),
+        None,  # ours alone: trained on digit pairs (stm/data)
+        PackagedWeights("vim-n.safetensors"),
+        CLASS_NAMES,
+    ),
     "vim-t": ModelEntry(
         VimConfig("vim-t", _TINY),
         f"vim_tiny_patch16_224_{_SUFFIX}",
@@ -61,7 +85,7 @@ _MODELS = {
         PublishedWeights("hustvl/Vim-small-midclstok", "vim_s_midclstok_ft_81p6acc.pth", False, 81.6, 95.4),
     ),
 }
-_ALIASES = {entry.official_name: name for name, entry in _MODELS.items()}
+_ALIASES = {entry.official_name: name for name, entry in _MODELS.items() if entry.official_name}
 
 
 def list_models() -> list[str]:
@@ -83,6 +107,7 @@ def model_entry(name: str) -> ModelEntry:
     return _MODELS[key]
 
 
-def model_config(name: str, image_size: ImageSize = 224, num_classes: int = 1000) -> VimConfig:
-    """The sizes of a model by name, for this image size (pixels) and number of classes."""
-    return model_entry(name).config.with_changes(image_size=image_size_pair(image_size), num_classes=num_classes)
+def model_config(name: str, image_size: ImageSize = 224, num_classes: int | None = None) -> VimConfig:
+    """The sizes of a model by name, for this image size (pixels) and number of classes (None: its weights')."""
+    config = model_entry(name).config
+    return config.with_changes(image_size=image_size_pair(image_size), num_classes=config.num_classes if num_classes is None else num_classes)

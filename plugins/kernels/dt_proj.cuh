@@ -28,4 +28,29 @@ __device__ __forceinline__ void dt_proj(const T* weight, const T* rows, const in
   }
 }
 
+// The same for several channels of a thread, whose loads are in flight together.
+template <typename T, int kChannels, int kTokens>
+__device__ __forceinline__ void dt_proj_channels(const T* const (&weight)[kChannels], const T* rows,
+                                                 const int64_t (&offset)[kTokens], int dt_rank,
+                                                 float (&acc)[kChannels][kTokens]) {
+  if (dt_rank % 4 == 0) {
+#pragma unroll 2
+    for (int r = 0; r < dt_rank; r += 4) {
+      float4 w[kChannels];
+#pragma unroll
+      for (int c = 0; c < kChannels; c++) w[c] = load4(weight[c] + r);
+#pragma unroll
+      for (int k = 0; k < kTokens; k++) {
+        const float4 v = load4(rows + offset[k] + r);
+#pragma unroll
+        for (int c = 0; c < kChannels; c++)
+          acc[c][k] = fmaf(w[c].x, v.x, fmaf(w[c].y, v.y, fmaf(w[c].z, v.z, fmaf(w[c].w, v.w, acc[c][k]))));
+      }
+    }
+  } else {
+#pragma unroll
+    for (int c = 0; c < kChannels; c++) dt_proj(weight[c], rows, offset, dt_rank, acc[c]);
+  }
+}
+
 }  // namespace stm

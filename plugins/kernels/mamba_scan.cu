@@ -1,6 +1,8 @@
 // mamba_scan.cu: checks the extents, chooses the kernel, adds the merge weights.
 #include "mamba_scan.h"
 
+#include <algorithm>
+
 #include "mamba_scan_impl.h"
 
 namespace stm {
@@ -26,16 +28,30 @@ bool adaptive_supported(int32_t seqlen, int32_t d_inner, int32_t d_state, int32_
          mamba_scan_segments_supported(seqlen, d_inner, d_state, dt_rank, row, type);
 }
 
-// Which of the two is faster turns on how many channels there are for each multiprocessor. Measured on an H100 (132 of
-// them): at 197 tokens segments take 7 to 31 us from 384 to 3,072 channels, then 10 us more a thousand; the walk takes
-// 35 us up to some 8,000. Beyond 208 tokens segments walk everything twice.
-bool prefer_segments(const MambaScanParams& p) {
+int32_t processors_of_device() {
   int device = 0, processors = 132;
   if (cudaGetDevice(&device) == cudaSuccess) {
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   }
+  return processors;
+}
+
+// Up to this many tokens segments are the fastest while there are at most so many channels (of all images) for each
+// multiprocessor. Measured on an H100 at 197 tokens: 7 us from 3 to 6 of them, 10.5 at 12, 20 at 23, where the walk takes 20
+// whatever their number up to 24.
+constexpr struct {
+  int32_t seqlen, channels;
+} kSegmentsUpTo[] = {{208, 21}};
+
+MambaScanTactic fastest(const MambaScanParams& p, int32_t processors) {
   const int64_t channels = static_cast<int64_t>(p.batch) * p.d_inner;
-  return channels <= static_cast<int64_t>(processors) * (p.seqlen <= 208 ? 23 : 12);
+  for (const auto& limit : kSegmentsUpTo)
+    if (p.seqlen <= limit.seqlen && channels <= static_cast<int64_t>(processors) * limit.channels)
+      return MambaScanTactic::kSegments;
+  const bool two_pass =
+      mamba_scan_walk_two_pass_supported(p.seqlen, p.d_inner, p.d_state, p.dt_rank, p.row, p.type) &&
+      mamba_scan_walk_cycles(p, processors, true) < mamba_scan_walk_cycles(p, processors, false);
+  return two_pass ? MambaScanTactic::kWalkMmaTwoPass : MambaScanTactic::kWalkMma;
 }
 
 }  // namespace
@@ -51,6 +67,8 @@ int32_t mamba_scan_tactics(int32_t seqlen, int32_t d_inner, int32_t d_state, int
     return 0;
   if (adaptive_supported(seqlen, d_inner, d_state, dt_rank, row, type)) add(MambaScanTactic::kAdaptive);
   if (every && mamba_scan_walk_supported(d_inner, d_state, dt_rank, row, type)) add(MambaScanTactic::kWalkMma);
+  if (every && mamba_scan_walk_two_pass_supported(seqlen, d_inner, d_state, dt_rank, row, type))
+    add(MambaScanTactic::kWalkMmaTwoPass);
   if (every && mamba_scan_segments_supported(seqlen, d_inner, d_state, dt_rank, row, type)) add(MambaScanTactic::kSegments);
   add(MambaScanTactic::kSimple);
   return count;
@@ -58,30 +76,33 @@ int32_t mamba_scan_tactics(int32_t seqlen, int32_t d_inner, int32_t d_state, int
 
 size_t mamba_scan_workspace_bytes(int64_t batch, int64_t seqlen, int64_t d_inner, int64_t d_state, int64_t,
                                   DataType type) {
-  // Wrappers ask before the tactic is known: the largest need of any tactic, and only kSegments has one.
+  // Wrappers ask before the tactic is known: the largest need of any.
   if (type == DataType::kFloat32 || d_state != 16) return 0;
-  return mamba_scan_segments_workspace_bytes(batch, seqlen, d_inner);
+  return std::max(mamba_scan_segments_workspace_bytes(batch, seqlen, d_inner),
+                  mamba_scan_walk_workspace_bytes(batch, seqlen, d_inner));
 }
 
 cudaError_t mamba_scan(const MambaScanParams& p, MambaScanTactic tactic, cudaStream_t stream) {
   if (!valid(p)) return cudaErrorInvalidValue;
   if (p.batch == 0) return cudaSuccess;
   cudaError_t status = cudaErrorInvalidValue;
-  if (tactic == MambaScanTactic::kAdaptive) {
-    tactic = prefer_segments(p) ? MambaScanTactic::kSegments : MambaScanTactic::kWalkMma;
-  }
+  const int32_t processors = processors_of_device();
+  if (tactic == MambaScanTactic::kAdaptive) tactic = fastest(p, processors);
   switch (tactic) {
     case MambaScanTactic::kSimple: status = mamba_scan_simple(p, stream); break;
     case MambaScanTactic::kWalkMma:
       if (mamba_scan_walk_supported(p.d_inner, p.d_state, p.dt_rank, p.row, p.type))
-        status = mamba_scan_walk(p, stream);
+        status = mamba_scan_walk(p, processors, false, stream);
+      break;
+    case MambaScanTactic::kWalkMmaTwoPass:
+      if (mamba_scan_walk_two_pass_supported(p.seqlen, p.d_inner, p.d_state, p.dt_rank, p.row, p.type))
+        status = mamba_scan_walk(p, processors, true, stream);
       break;
     case MambaScanTactic::kSegments:
       if (mamba_scan_segments_supported(p.seqlen, p.d_inner, p.d_state, p.dt_rank, p.row, p.type))
         status = mamba_scan_segments(p, stream);
       break;
-    case MambaScanTactic::kWalkMmaTwoPass: break;  // number reserved
-    case MambaScanTactic::kAdaptive: break;        // resolved above
+    case MambaScanTactic::kAdaptive: break;  // resolved above
   }
   // The other kernels carry the merge weights in their own grid.
   return status == cudaSuccess && tactic == MambaScanTactic::kSimple ? merge_weights(p, stream) : status;

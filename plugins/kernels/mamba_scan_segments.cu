@@ -1,256 +1,597 @@
 // mamba_scan_segments.cu: the scan for small batches, where a walk of L steps would leave the card idle: L is cut into
 // segments walked side by side, with one pass of exponentials (d_state 16).
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
 #include "device.cuh"
+#include "launch.cuh"
 #include "mamba_scan_impl.h"
+#include "merge_weight.cuh"
 
 namespace stm {
 namespace {
 
-constexpr int kStates = 16, kSegments = 16, kChannels = 4, kMaxRank = 64;
-constexpr int kShortTokens = 7, kLongTokens = 13;  // of a segment; odd: the two segments of a warp use different banks
-constexpr int kMaxPart = kSegments * kLongTokens;  // beyond it L is cut into parts, a block each
+constexpr int kStates = 16, kMaxRank = 64;
+constexpr int kMaxPart = 208;  // tokens of a block; beyond it L is cut into parts
 
-template <typename T_, int kTokens_, bool kEndOnly_>
+// A warp walks a group of 8 segments of two channels in one direction: 16 rows of an mma tile. Fewer channels a block
+// mean more blocks; more channels read x_dbl less often.
+template <typename T_, int kChannels_, int kGroups_, int kFirst_, int kMore_, int kTokens_, int kBlocksPerSM_>
 struct SegmentsTraits {
   using T = T_;
-  static constexpr int kTokens = kTokens_;
-  static constexpr int kPart = kSegments * kTokens;
-  static constexpr bool kEndOnly = kEndOnly_;  // first of two launches: only what a part does to the state
-  static constexpr int kThreads = 2 * kSegments * kChannels * 4;  // direction, segment, channel, 4 of 16 states
-  static constexpr int kBlocksPerSM = 2;                          // 64 registers
+  static constexpr int kChannels = kChannels_, kPairs = kChannels / 2;
+  static constexpr int kGroups = kGroups_, kSegments = 8 * kGroups;
+  // Tokens of a segment: kFirst, then kMore at a time, up to kTokens.
+  static constexpr int kFirst = kFirst_, kMore = kMore_, kTokens = kTokens_;
+  static constexpr int kBlocksPerSM = kBlocksPerSM_;
+  // h of every token too, so that C h is taken once; else once before and once after the incoming state is known.
+  static constexpr bool kKeepStates = kTokens <= 13 && kBlocksPerSM == 1;
+  static constexpr int kWarps = 2 * kPairs * kGroups, kThreads = 32 * kWarps;
+  static constexpr int kTiles = (kChannels + 3) / 4;      // of dt_proj: 8 columns (direction, channel)
+  static constexpr int kTileDirs = kPairs == 3 ? 1 : 2;   // directions in a tile, at most
+  static constexpr int kPiece = kChannels % 4 == 0 ? 4 : 2;  // channels of x, z or y that a thread takes
+  static constexpr int kPieceLanes = kChannels == kPiece ? 1 : 4;  // of a token; the last of four idles
 };
 
-template <int kPart>
-struct SegmentsShared {  // 48 KB at most; rows in scan order, so backward ones are reversed
-  float2 delta[2][kPart][kChannels];  // s delta, delta u
-  union {
-    uint2 bc[2][kPart][8];  // B and C of a token
-    struct {
-      float4 end[2][kSegments][16], decay[2][kSegments][16];  // state at the end of a segment from zero, its decay
-    } carry;
-  };
-  float y[2][kPart][kChannels];
-  float4 incoming[2][16];  // state before the part
-  union {
-    float4 dt_weight[2][kMaxRank];  // of the four channels
-    uint2 z[kPart];
-  };
+// Which columns of dt_proj's tile lie with the lanes of quarter q: a pair of channels in one direction.
+struct Column {
+  int dir, pair;
+  bool exists;
 };
-
-__host__ __device__ inline int parts_of(int seqlen) { return (seqlen + kMaxPart - 1) / kMaxPart; }
-
-// h = decay h + end, for four states
-__device__ __forceinline__ void carry_on(float4& h, float4 decay, float4 end) {
-  h.x = fmaf(decay.x, h.x, end.x), h.y = fmaf(decay.y, h.y, end.y);
-  h.z = fmaf(decay.z, h.z, end.z), h.w = fmaf(decay.w, h.w, end.w);
+template <int kPairs>
+__device__ __forceinline__ Column column_of(int tile, int q) {
+  if (kPairs == 3) return {tile, min(q, 2), q < 3};
+  const int column = 4 * tile + q;
+  return {column / kPairs, column % kPairs, true};
 }
 
-// Grid (channels / 4, batch, parts). A thread walks its segment from a zero state and keeps C x (decay since the
-// segment's start) in half precision, so that the incoming state is added to y afterwards without a second pass of
-// exponentials.
+// How L is cut: `tokens` of a segment, 2^32 / tokens rounded up. merge_blocks stand in front of the others and take the
+// merge weights; end_only: first of two launches, only what a part does to the state.
+struct SegmentsCut {
+  int part_len, tokens;
+  uint32_t reciprocal;
+  int merge_blocks;
+  bool end_only;
+};
+
 template <typename Traits>
-__global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segments_kernel(
-    const __grid_constant__ MambaScanParams p) {
+struct SegmentsShared {
+  static constexpr int kPairs = Traits::kPairs, kChannels = Traits::kChannels, kTokens = Traits::kTokens;
+  static constexpr int kStride = Traits::kSegments + 1;  // odd, against bank conflicts
+  // By direction and pair, then token of the segment, then segment.
+  float4 steps[2 * kPairs][kTokens * kStride];                   // s delta of two channels, their y
+  uint32_t u_delta[2 * kPairs][kTokens * kStride];               // fp16
+  uint2 B[2][Traits::kGroups][kTokens][32], C[2][Traits::kGroups][kTokens][32];  // fragments, fp16
+  struct alignas(16) {
+    float end[2][144], decay[2][144];  // by channel: 8 segments x 16 states, padding; state from zero, its decay
+    __half incoming[8][2][kStates];    // state before each segment
+  } carry[Traits::kWarps];
+  alignas(8) typename Traits::T x[(kMaxPart + 7) * kChannels], z[kMaxPart * kChannels];  // x: three tokens around
+};
+
+// 4 or 8 bytes to a shared address, through L1; zeros if not `valid`.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(uint32_t dst, const void* src, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(dst), "l"(src), "n"(kBytes), "r"(valid ? kBytes : 0)
+               : "memory");
+}
+// The two warps that share a pair of channels and a direction.
+__device__ __forceinline__ void group_barrier(int id) { asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory"); }
+
+// In this place among the copies: the compiler would move plain loads behind them.
+__device__ __forceinline__ uint2 load_now8(const char* p) {
+  uint2 v;
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint4 load_now16(const char* p) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+// Computed here, not where the compiler would rather have it.
+__device__ __forceinline__ void pin(const char*& p) { asm volatile("" : "+l"(p)); }
+__device__ __forceinline__ void pin(uint32_t& v) { asm volatile("" : "+r"(v)); }
+
+template <typename T>
+__device__ __forceinline__ uint32_t as_half2(uint32_t v);
+template <>
+__device__ __forceinline__ uint32_t as_half2<__half>(uint32_t v) {
+  return v;
+}
+template <>
+__device__ __forceinline__ uint32_t as_half2<__nv_bfloat16>(uint32_t v) {
+  const float2 f = Pair<__nv_bfloat16>::unpack(v);
+  return Pair<__half>::pack(f.x, f.y);
+}
+
+__device__ __forceinline__ __half2 half2_of(uint32_t v) { return *reinterpret_cast<__half2*>(&v); }
+
+// Grid (merge blocks + channel blocks, batch, parts). Position k of a direction is the token k steps into its walk: token
+// k % tokens of segment k / tokens. Lane (g, q) = (lane / 4, lane % 4).
+// Three steps. First u and delta: a lane takes tokens 2g, 2g + 1 of 16 and two channels (q), dt_proj by mma. Then each
+// warp walks its segments from a zero state: lane (g, q) has segment g, two channels and states 4q..4q+3; u delta B and
+// C h are mma with the segments as columns, of which a row needs its own alone. It keeps the decay since the segment's
+// start in fp16, so that, last, the incoming state is added without a second pass of exponentials.
+// Hazard: u delta and h pass through fp16, so |h| must stay below 65,504.
+template <typename Traits>
+__global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segments_kernel(const __grid_constant__ MambaScanParams p,
+                                                                       const __grid_constant__ SegmentsCut cut) {
   using T = typename Traits::T;
-  constexpr int kTokens = Traits::kTokens, kThreads = Traits::kThreads;
-  __shared__ __align__(16) SegmentsShared<Traits::kPart> shared;
+  using Shared = SegmentsShared<Traits>;
+  constexpr int kChannels = Traits::kChannels, kPairs = Traits::kPairs, kGroups = Traits::kGroups;
+  constexpr int kFirst = Traits::kFirst, kMore = Traits::kMore, kTokens = Traits::kTokens, kStride = Shared::kStride;
+  constexpr int kWarps = Traits::kWarps, kThreads = Traits::kThreads;
+  constexpr int kTiles = Traits::kTiles, kTileDirs = Traits::kTileDirs, kRowSteps = kMaxRank / 32;
+  constexpr int kPiece = Traits::kPiece, kPieceLanes = Traits::kPieceLanes;
+  constexpr bool kKeepStates = Traits::kKeepStates;
+  extern __shared__ __align__(16) unsigned char storage[];
+  Shared& shared = *reinterpret_cast<Shared*>(storage);
 
-  const int tid = threadIdx.x, L = p.seqlen, E = p.d_inner, R = p.dt_rank, b = blockIdx.y, cls = p.cls_index;
-  const int parts = gridDim.z, part = blockIdx.z, part_len = (L + parts - 1) / parts;
-  const int base = part * part_len, len = min(part_len, L - base), c0 = blockIdx.x * kChannels;
-  if (!Traits::kEndOnly && cls >= 0 && (cls < base || cls >= base + len)) return;  // nothing to write
-  const T* xz = static_cast<const T*>(p.xz) + static_cast<int64_t>(b) * L * 2 * E + c0;
-  const T* x_dbl = static_cast<const T*>(p.x_dbl);
-  auto rows = [&](int d) { return x_dbl + ((static_cast<int64_t>(d) * p.batch + b) * L + base) * p.row; };
-
-  // ---- B, C and weights to shared memory
-  for (int d = 0; d < 2; d++) {
-    const T* source = rows(d) + R;
-    for (int i = tid; i < Traits::kPart * 8; i += kThreads) {
-      const int position = i >> 3, t = d ? len - 1 - position : position;
-      copy_async8(&shared.bc[d][position][i & 7], source + static_cast<int64_t>(t) * p.row + 4 * (i & 7),
-                  position < len);
-    }
-  }
-  for (int i = tid; i < 2 * R; i += kThreads) {
-    const int d = i >= R, r = d ? i - R : i;
-    const T* w = static_cast<const T*>(p.dt_weight) + (static_cast<int64_t>(d) * E + c0) * R + r;
-    shared.dt_weight[d][r] = make_float4(to_float(w[0]), to_float(w[R]), to_float(w[2 * R]), to_float(w[3 * R]));
-  }
-  const int dir = tid / (kThreads / 2), seg = tid / 16 % kSegments, ch = tid >> 2 & 3, q = tid & 3, slot = ch * 4 + q;
-  // what a part does to four states: end, decay
-  float4* workspace = static_cast<float4*>(p.workspace);
-  auto part_state = [&](int which) {
-    const int64_t image = (static_cast<int64_t>(dir) * p.batch + b) * parts + which;
-    return workspace + ((image * gridDim.x + blockIdx.x) * 16 + slot) * 2;
-  };
-  if (!Traits::kEndOnly && seg == 0) {
-    float4 h = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (parts > 1) {
-      const int before = dir ? parts - 1 - part : part;
-      for (int i = 0; i < before; i++) {
-        const float4* s = part_state(dir ? parts - 1 - i : i);
-        carry_on(h, s[1], s[0]);
-      }
-    }
-    shared.incoming[dir][slot] = h;
-  }
-  __syncthreads();
-
-  // ---- delta, u, D u: a thread a token and direction, four channels. Past the end delta is 0 and the state stays.
-  for (int i = tid; i < 2 * (Traits::kPart - len) * kChannels; i += kThreads) {
-    const int d = i & 1, k = i >> 1;
-    shared.delta[d][len + k / kChannels][k % kChannels] = make_float2(0.f, 0.f);
-  }
-  for (int i = tid; i < 2 * len; i += kThreads) {
-    const int d = i >= len, t = d ? i - len : i, position = d ? len - 1 - t : t, token = base + t, e = d * E + c0;
-    float4 u = load4(p.conv_bias + e);
-    const float4 w0 = load4(p.conv_weight + 4 * e), w1 = load4(p.conv_weight + 4 * e + 4);
-    const float4 w2 = load4(p.conv_weight + 4 * e + 8), w3 = load4(p.conv_weight + 4 * e + 12);
-    auto tap = [&](int back, float a0, float a1, float a2, float a3) {  // `back` tokens earlier in scan order
-      const int from = d ? token + back : token - back;
-      if (from < 0 || from >= L) return;
-      const float4 v = load4(xz + static_cast<int64_t>(from) * 2 * E);
-      u.x = fmaf(a0, v.x, u.x), u.y = fmaf(a1, v.y, u.y), u.z = fmaf(a2, v.z, u.z), u.w = fmaf(a3, v.w, u.w);
-    };
-    tap(3, w0.x, w1.x, w2.x, w3.x);
-    tap(2, w0.y, w1.y, w2.y, w3.y);
-    tap(1, w0.z, w1.z, w2.z, w3.z);
-    tap(0, w0.w, w1.w, w2.w, w3.w);
-    const T* row = rows(d) + static_cast<int64_t>(t) * p.row;
-    float4 delta = load4(p.dt_bias + e);
-    auto add = [&](float4 w, float v) {
-      delta.x = fmaf(w.x, v, delta.x), delta.y = fmaf(w.y, v, delta.y);
-      delta.z = fmaf(w.z, v, delta.z), delta.w = fmaf(w.w, v, delta.w);
-    };
-#pragma unroll 3
-    for (int r = 0; r < R; r += 4) {
-      const float4 v = load4(row + r);
-      add(shared.dt_weight[d][r], v.x);
-      add(shared.dt_weight[d][r + 1], v.y);
-      add(shared.dt_weight[d][r + 2], v.z);
-      add(shared.dt_weight[d][r + 3], v.w);
-    }
-    const float scale = p.decay_scale ? p.decay_scale[token] : 1.f;
-    const float us[4] = {u.x, u.y, u.z, u.w}, deltas[4] = {delta.x, delta.y, delta.z, delta.w};
-    const float4 skip = load4(p.D + e);
-    const float skips[4] = {skip.x, skip.y, skip.z, skip.w};
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-      const float silu = silu_of_half(.5f * us[k]), v = softplus_fast(deltas[k]);
-      shared.delta[d][position][k] = make_float2(scale * v, v * silu);
-      shared.y[d][position][k] = skips[k] * silu;
-    }
-  }
-  copy_async_wait_all();
-  __syncthreads();
-  if (!Traits::kEndOnly)  // needed last; the weights' place is free
-    for (int t = tid; t < len; t += kThreads)
-      copy_async8(&shared.z[t], xz + E + static_cast<int64_t>(base + t) * 2 * E, true);
-
-  // ---- local walk
-  const float4 a4 = load4(p.A + (static_cast<int64_t>(dir) * E + c0 + ch) * kStates + 4 * q);
-  const float a[4] = {a4.x * kLog2e, a4.y * kLog2e, a4.z * kLog2e, a4.w * kLog2e};
-  const int begin = seg * kTokens;
-  float h[4] = {0.f, 0.f, 0.f, 0.f}, decay[4] = {1.f, 1.f, 1.f, 1.f}, sum[kTokens];
-  uint32_t gain[kTokens][2];  // C x decay
-#pragma unroll
-  for (int i = 0; i < kTokens; i++) {
-    sum[i] = 0.f;
-    const float2 d = shared.delta[dir][begin + i][ch];
-    const float4 B4 = unpack4<T>(shared.bc[dir][begin + i][q]), C4 = unpack4<T>(shared.bc[dir][begin + i][4 + q]);
-    const float B[4] = {B4.x, B4.y, B4.z, B4.w};
-    float C[4] = {C4.x, C4.y, C4.z, C4.w};
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-      const float step = ex2(d.x * a[k]);
-      h[k] = fmaf(step, h[k], d.y * B[k]);
-      decay[k] *= step;
-      sum[i] = fmaf(h[k], C[k], sum[i]);
-      C[k] *= decay[k];
-    }
-    gain[i][0] = Pair<__half>::pack(C[0], C[1]), gain[i][1] = Pair<__half>::pack(C[2], C[3]);
-  }
-  __syncthreads();  // everyone is done with B and C
-  shared.carry.end[dir][seg][slot] = make_float4(h[0], h[1], h[2], h[3]);
-  shared.carry.decay[dir][seg][slot] = make_float4(decay[0], decay[1], decay[2], decay[3]);
-  __syncthreads();
-
-  if (Traits::kEndOnly) {
-    if (seg != 0) return;
-    float4 state = make_float4(0.f, 0.f, 0.f, 0.f), total = make_float4(1.f, 1.f, 1.f, 1.f);
-#pragma unroll 4
-    for (int s = 0; s < kSegments; s++) {
-      const float4 d = shared.carry.decay[dir][s][slot];
-      carry_on(state, d, shared.carry.end[dir][s][slot]);
-      total.x *= d.x, total.y *= d.y, total.z *= d.z, total.w *= d.w;
-    }
-    float4* out = part_state(part);
-    out[0] = state, out[1] = total;
+  const int b = blockIdx.y;
+  if (static_cast<int>(blockIdx.x) < cut.merge_blocks) {
+    wait_for_previous();
+    let_next_start();
+    if (blockIdx.z != 0) return;
+    for (int group = blockIdx.x; group < merge_groups(p); group += cut.merge_blocks)
+      merge_weights_of_group<T, kThreads, true>(p, group, b, *reinterpret_cast<MergeWeightShared*>(storage));
     return;
   }
 
-  // ---- the state before the segment, and what it adds to y
-  float4 state = shared.incoming[dir][slot];
-#pragma unroll 4
-  for (int s = 0; s < seg; s++) carry_on(state, shared.carry.decay[dir][s][slot], shared.carry.end[dir][s][slot]);
+  const int tid = threadIdx.x, lane = tid % 32, g = lane >> 2, q = lane & 3;
+  const int warp = __shfl_sync(~0u, tid / 32, 0);  // uniform, for the compiler too
+  const int L = p.seqlen, E = p.d_inner, R = p.dt_rank, cls = p.cls_index, tokens = cut.tokens;
+  const int parts = gridDim.z, part = blockIdx.z, base = part * cut.part_len, len = min(cut.part_len, L - base);
+  const int c0 = (static_cast<int>(blockIdx.x) - cut.merge_blocks) * kChannels;
+  // Positions that matter: with cls_index each direction stops at that token.
+  const bool whole = cut.end_only || cls < 0;
+  if (!whole && (cls < base || cls >= base + len)) {  // nothing to write
+    wait_for_previous();
+    let_next_start();
+    return;
+  }
+  const int len_forward = whole ? len : cls - base + 1, len_backward = whole ? len : base + len - cls;
+  auto pair_channel = [&](int d, int pair) { return d * E + min(c0 + 2 * pair, E - 2); };  // idle ones repeat the last
+  auto slot = [&](int position) {  // in steps, u_delta: (position % tokens) kStride + position / tokens
+    const int segment = static_cast<int>(__umulhi(position, cut.reciprocal));
+    return position * kStride - segment * (tokens * kStride - 1);
+  };
+
+  // ---- weights: a lane keeps its own. dt_proj's column g is channel g & 1 of pair g >> 1, that of the sums 2q, 2q + 1.
+  const int tile = warp % kTiles, first_dir = column_of<kPairs>(tile, 0).dir;
+  const int tile_dirs = column_of<kPairs>(tile, 3).dir - first_dir + 1;
+  uint4 dt_weight[kTileDirs][kRowSteps];  // lane q takes columns 8q..8q+7 of 32
+  {
+    const Column mine = column_of<kPairs>(tile, g >> 1);
+    const T* weight = static_cast<const T*>(p.dt_weight) +
+                      static_cast<int64_t>(pair_channel(mine.dir, mine.pair) + (g & 1)) * R + 8 * q;
 #pragma unroll
-  for (int i = 0; i < kTokens; i += 4) {
-    float v[4];
+    for (int d = 0; d < kTileDirs; d++)
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-      v[k] = 0.f;
-      if (i + k >= kTokens) continue;
-      const float2 g0 = Pair<__half>::unpack(gain[i + k][0]), g1 = Pair<__half>::unpack(gain[i + k][1]);
-      v[k] = fmaf(g0.x, state.x, fmaf(g0.y, state.y, fmaf(g1.x, state.z, fmaf(g1.y, state.w, sum[i + k]))));
+      for (int s = 0; s < kRowSteps; s++) {
+        uint2 low = make_uint2(0, 0), high = low;  // beyond dt_rank the rows hold B: weight zero
+        const bool used = mine.exists && first_dir + d == mine.dir;
+        if (used && 32 * s + 8 * q < R) low = *reinterpret_cast<const uint2*>(weight + 32 * s);
+        if (used && 32 * s + 8 * q + 4 < R) high = *reinterpret_cast<const uint2*>(weight + 32 * s + 4);
+        dt_weight[d][s] = make_uint4(low.x, low.y, high.x, high.y);
+      }
+  }
+  const Column column = column_of<kPairs>(tile, q);
+  float2 bias, skip, conv_bias, taps[4];  // taps by token of the window; conv's halved, for silu_of_half
+  {
+    const int e = pair_channel(column.dir, column.pair);
+    bias = *reinterpret_cast<const float2*>(p.dt_bias + e);
+    skip = *reinterpret_cast<const float2*>(p.D + e);
+    conv_bias = *reinterpret_cast<const float2*>(p.conv_bias + e);
+    conv_bias.x *= .5f, conv_bias.y *= .5f;
+    const float4 w0 = load4(p.conv_weight + 4 * e), w1 = load4(p.conv_weight + 4 * e + 4);
+    taps[0] = make_float2(.5f * w0.x, .5f * w1.x), taps[1] = make_float2(.5f * w0.y, .5f * w1.y);
+    taps[2] = make_float2(.5f * w0.z, .5f * w1.z), taps[3] = make_float2(.5f * w0.w, .5f * w1.w);
+    if (column.dir) {
+      const float2 t0 = taps[0], t1 = taps[1];
+      taps[0] = taps[3], taps[1] = taps[2], taps[2] = t1, taps[3] = t0;
     }
-    // Four sums over four lanes in three exchanges: lane q ends with token i + q.
-    const bool upper = q & 2, odd = q & 1;
-    float k0 = upper ? v[2] : v[0], k1 = upper ? v[3] : v[1];
-    k0 += __shfl_xor_sync(~0u, upper ? v[0] : v[2], 2);
-    k1 += __shfl_xor_sync(~0u, upper ? v[1] : v[3], 2);
-    const float mine = (odd ? k1 : k0) + __shfl_xor_sync(~0u, odd ? k0 : k1, 1);
-    if (i + q < kTokens) shared.y[dir][begin + i + q][ch] += mine;
+  }
+  // ---- addresses, in bytes. Tokens of the batch are counted in 32 bits, and so are a row's bytes.
+  const int piece_token = tid / kPieceLanes, piece = tid % kPieceLanes * kPiece;  // of x, z and y: first token, channel
+  const bool piece_exists = piece < kChannels && c0 + piece < E;
+  const uint32_t xz_stride = 2 * E * static_cast<uint32_t>(sizeof(T)), xz_step = kThreads / kPieceLanes * xz_stride;
+  const uint32_t row_stride = p.row * static_cast<uint32_t>(sizeof(T));
+  const uint32_t first_token = b * L + base, dir_tokens = p.batch * L;
+  const char* xz = static_cast<const char*>(p.xz) + (c0 + piece) * sizeof(T);
+  const char* x_source = xz + static_cast<int64_t>(static_cast<int>(first_token) + piece_token - 3) * xz_stride;
+  const char* x_dbl = static_cast<const char*>(p.x_dbl);
+  const char* dt_source = x_dbl + 16 * q + static_cast<uint64_t>(first_token + first_dir * dir_tokens) * row_stride;
+  const char* dt_source1 = dt_source + static_cast<uint64_t>(dir_tokens) * row_stride;
+  // B, C: a warp takes a token of 8 segments, a lane 8 bytes of two; B's fragment holds two segments of a state.
+  constexpr int kOwners = 2 * kGroups, kStep = kWarps / kOwners, kRounds = (kTokens + kStep - 1) / kStep;
+  const int bc_dir = warp % kOwners / kGroups, bc_first = warp / kOwners, two = lane >> 3;
+  const bool is_B = (lane & 4) == 0;
+  const int bc_position = (warp % kGroups * 8 + 2 * two) * tokens + bc_first;
+  const int bc_last = (bc_dir ? len_backward : len_forward) - 1, bc_stride = bc_dir ? -p.row * 2 : p.row * 2;
+  const uint32_t bc_row = first_token + (bc_dir ? dir_tokens + len - 1 : 0);
+  const char* bc_source = x_dbl + (R + 4 * (lane & 7)) * sizeof(T) + static_cast<uint64_t>(bc_row) * row_stride;
+  uint32_t x_target = static_cast<uint32_t>(__cvta_generic_to_shared(&shared.x[piece_token * kChannels + piece]));
+  constexpr int kCopyBytes = kPiece * sizeof(T), kCopyStep = kThreads / kPieceLanes * kChannels * sizeof(T);
+  pin(x_source), pin(dt_source), pin(dt_source1), pin(bc_source), pin(x_target);
+  wait_for_previous();
+  let_next_start();
+
+  // ---- all loads at once
+  const int x_left = piece < kChannels ? len + 6 - piece_token : 0;
+#pragma unroll
+  for (int i = 0; i * kThreads < (kMaxPart + 6) * kPieceLanes; i++) {
+    const int ahead = i * (kThreads / kPieceLanes), token = base + piece_token + ahead - 3;
+    if (ahead < x_left)
+      copy_async<kCopyBytes>(x_target + i * kCopyStep, x_source + i * xz_step, piece_exists && token >= 0 && token < L);
+  }
+  copy_async_commit();
+
+  const int blocks = (len + 15) / 16;  // of 16 tokens
+  auto load_rows = [&](int block, uint4 (&v)[kTileDirs][kRowSteps][2]) {
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      const uint32_t t = min(16 * block + 2 * g + k, len - 1);
+#pragma unroll
+      for (int d = 0; d < kTileDirs; d++) {
+        if (d >= tile_dirs) break;
+        const char* from = (d ? dt_source1 : dt_source) + static_cast<uint64_t>(t) * row_stride;
+        v[d][0][k] = load_now16(from);
+        if (R > 32) v[d][1][k] = load_now16(from + 64);
+      }
+    }
+  };
+  uint4 dt_rows[kTileDirs][kRowSteps][2];
+  load_rows(warp / kTiles, dt_rows);
+
+  uint2 bc[kRounds][2];
+#pragma unroll
+  for (int j = 0; j < kRounds; j++)
+#pragma unroll
+    for (int k = 0; k < 2; k++) {  // past the end any finite number will do: the last token's
+      const int position = min(bc_position + j * kStep + k * tokens, bc_last);
+      bc[j][k] = load_now8(bc_source + static_cast<int64_t>(position) * bc_stride);
+    }
+  const int dir = warp / (kPairs * kGroups), pair = warp / kGroups % kPairs, group = warp % kGroups;  // of the walk
+  const float* A = p.A + static_cast<int64_t>(pair_channel(dir, pair)) * kStates + 4 * q;
+  const float4 A0 = load4(A), A1 = load4(A + kStates);
+  // ---- in the shadow of the loads
+  const int z_begin = whole ? 0 : cls - base, z_end = whole ? len : z_begin + 1;
+  const int z_left = !cut.end_only && piece < kChannels ? z_end - z_begin - piece_token : 0;
+  const char* z_source = xz + E * sizeof(T) + static_cast<uint64_t>(first_token + z_begin + piece_token) * xz_stride;
+  const uint32_t z_target =
+      static_cast<uint32_t>(__cvta_generic_to_shared(&shared.z[(z_begin + piece_token) * kChannels + piece]));
+#pragma unroll
+  for (int i = 0; i * kThreads < kMaxPart * kPieceLanes; i++)
+    if (i * (kThreads / kPieceLanes) < z_left)
+      copy_async<kCopyBytes>(z_target + i * kCopyStep, z_source + i * xz_step, piece_exists);
+  copy_async_commit();
+#pragma unroll
+  for (int d = 0; d < 2; d++) {  // past the end delta is 0 and the state stays
+    const int end = d ? len_backward : len_forward, missing = Traits::kSegments * tokens - end;
+#pragma unroll 1
+    for (int i = tid; i < missing * kPairs; i += kThreads) {
+      const int at = slot(end + i / kPairs), row = d * kPairs + i % kPairs;
+      shared.steps[row][at] = make_float4(0.f, 0.f, 0.f, 0.f);
+      shared.u_delta[row][at] = 0;
+    }
+  }
+  uint2* bc_target = (is_B ? shared.B : shared.C)[bc_dir][warp % kGroups][bc_first] +
+                     (is_B ? 8 * (lane & 3) + two : 8 * two + (lane & 3));
+  const uint32_t low = is_B ? 0x5410 : 0x3210, high = is_B ? 0x7632 : 0x7654;
+#pragma unroll
+  for (int j = 0; j < kRounds; j++) {
+    if (bc_first + j * kStep >= tokens) break;
+    const uint32_t v0 = as_half2<T>(bc[j][0].x), v1 = as_half2<T>(bc[j][0].y);
+    const uint32_t w0 = as_half2<T>(bc[j][1].x), w1 = as_half2<T>(bc[j][1].y);
+    bc_target[j * kStep * 32] = make_uint2(__byte_perm(v0, w0, low), __byte_perm(v1, w1, low));
+    bc_target[j * kStep * 32 + 4] = make_uint2(__byte_perm(v0, w0, high), __byte_perm(v1, w1, high));
+  }
+  // what a part does to a state: end, decay
+  float2* workspace = static_cast<float2*>(p.workspace);
+  const int state_channel = c0 + 2 * pair + (lane >> 4);
+  auto part_state = [&](int which) {
+    const int64_t image = (static_cast<int64_t>(dir) * p.batch + b) * parts + which;
+    return workspace + (image * E + min(state_channel, E - 1)) * kStates + (lane & 15);
+  };
+  float state = 0.f;  // before the part, then before each segment: channel lane >> 4, state lane & 15
+  if (parts > 1 && !cut.end_only) {
+    const int before = dir ? parts - 1 - part : part;
+#pragma unroll 1
+    for (int i = 0; i < before; i++) {
+      const float2 s = *part_state(dir ? parts - 1 - i : i);
+      state = fmaf(s.y, state, s.x);
+    }
+  }
+  copy_async_wait<1>();
+  __syncthreads();
+
+  // ---- delta, u, D u
+  {
+    const int dir = column.dir, row = dir * kPairs + column.pair;
+    float4* steps = shared.steps[row];
+    uint32_t* u_delta = shared.u_delta[row];
+    // of the tokens that exist, those whose position matters; cls_index leaves out some
+    const int from = dir ? len - len_backward : 0, to = column.exists ? (dir ? len : len_forward) : 0;
+    const uint32_t* window_base = reinterpret_cast<const uint32_t*>(shared.x) + (dir ? 3 : 0) * kPairs + column.pair;
+#pragma unroll 1
+    for (int block = warp / kTiles; block < blocks; block += kWarps / kTiles) {
+      float delta[4] = {bias.x, bias.y, bias.x, bias.y};  // two channels, two tokens
+#pragma unroll
+      for (int d = 0; d < kTileDirs; d++) {
+        if (d >= tile_dirs) break;
+#pragma unroll
+        for (int s = 0; s < kRowSteps; s++) {
+          if (32 * s >= R) break;
+          const uint4 v = dt_rows[d][s][0], w = dt_rows[d][s][1], weight = dt_weight[d][s];
+          mma_k16<T>(delta, make_uint4(v.x, w.x, v.y, w.y), make_uint2(weight.x, weight.y));
+          mma_k16<T>(delta, make_uint4(v.z, w.z, v.w, w.w), make_uint2(weight.z, weight.w));
+        }
+      }
+      if (block + kWarps / kTiles < blocks) load_rows(block + kWarps / kTiles, dt_rows);
+      const int t = 16 * block + 2 * g;
+      float u[4] = {conv_bias.x, conv_bias.y, conv_bias.x, conv_bias.y};
+#pragma unroll
+      for (int i = 0; i < 5; i++) {
+        const float2 v = Pair<T>::unpack(window_base[(t + i) * kPairs]);
+        if (i < 4) u[0] = fmaf(taps[i].x, v.x, u[0]), u[1] = fmaf(taps[i].y, v.y, u[1]);
+        if (i > 0) u[2] = fmaf(taps[i - 1].x, v.x, u[2]), u[3] = fmaf(taps[i - 1].y, v.y, u[3]);
+      }
+#pragma unroll
+      for (int k = 0; k < 4; k++) u[k] = silu_of_half(u[k]), delta[k] = softplus_fast(delta[k]);
+      float scale[2] = {1.f, 1.f};
+      if (p.decay_scale) {
+#pragma unroll
+        for (int k = 0; k < 2; k++) scale[k] = p.decay_scale[base + min(t + k, len - 1)];
+      }
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        const int at = slot(dir ? len - 1 - t - k : t + k);
+        const float4 step = make_float4(scale[k] * delta[2 * k], scale[k] * delta[2 * k + 1], skip.x * u[2 * k],
+                                        skip.y * u[2 * k + 1]);
+        const uint32_t ud = Pair<__half>::pack(u[2 * k] * delta[2 * k], u[2 * k + 1] * delta[2 * k + 1]);
+        if (t + k >= from && t + k < to) steps[at] = step, u_delta[at] = ud;
+      }
+    }
+  }
+  __syncthreads();
+
+  // ---- local walk
+  const bool mine = g >> 1 == q, odd = g & 1;  // the lane that gets the y of segment g
+  const uint32_t select0 = mine ? (odd ? 0x1044 : 0x4410) : 0x4444, select1 = mine ? (odd ? 0x3244 : 0x4432) : 0x4444;
+  float4* steps = shared.steps[dir * kPairs + pair] + 8 * group + g;
+  const uint32_t* u_delta = shared.u_delta[dir * kPairs + pair] + 8 * group + g;
+  const uint2* B = shared.B[dir][group][0] + lane;
+  const uint2* C = shared.C[dir][group][0] + lane;
+  auto store_y = [&](int i, float y0, float y1, const float (&sums)[4]) {
+    if (mine)
+      *reinterpret_cast<float2*>(&steps[i * kStride].z) =
+          make_float2(y0 + (odd ? sums[1] : sums[0]), y1 + (odd ? sums[3] : sums[2]));
+  };
+  auto& carry = shared.carry[warp];
+  uint32_t gain[kTokens][4], states[kKeepStates ? kTokens : 1][4];  // decay since the segment's start, h; fp16
+  {
+    // h, decay, a: [n-tile][r]: channel r >> 1, state 4q + 2 n-tile + (r & 1)
+    const float a[2][4] = {{A0.x * kLog2e, A0.y * kLog2e, A1.x * kLog2e, A1.y * kLog2e},
+                           {A0.z * kLog2e, A0.w * kLog2e, A1.z * kLog2e, A1.w * kLog2e}};
+    float h[2][4] = {}, decay[2][4] = {{1.f, 1.f, 1.f, 1.f}, {1.f, 1.f, 1.f, 1.f}};
+    float4 step = steps[0];
+    uint32_t ud = u_delta[0];
+    uint2 b2 = B[0], c2 = C[0];
+#pragma unroll
+    for (int i = 0; i < kTokens; i++) {
+      if (i >= kFirst && (i - kFirst) % kMore == 0 && i >= tokens) break;
+      const uint32_t ud0 = __byte_perm(ud, 0, select0), ud1 = __byte_perm(ud, 0, select1);
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        float decayed[4];
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+          const float d = ex2((r < 2 ? step.x : step.y) * a[j][r]);
+          decayed[r] = d * h[j][r];
+          decay[j][r] *= d;
+        }
+        mma_k8(h[j], ud0, ud1, j ? b2.y : b2.x, decayed);
+        gain[i][2 * j] = Pair<__half>::pack(decay[j][0], decay[j][1]);
+        gain[i][2 * j + 1] = Pair<__half>::pack(decay[j][2], decay[j][3]);
+      }
+      uint32_t (&now)[4] = states[kKeepStates ? i : 0];
+      now[0] = Pair<__half>::pack(h[0][0], h[0][1]), now[1] = Pair<__half>::pack(h[0][2], h[0][3]);
+      now[2] = Pair<__half>::pack(h[1][0], h[1][1]), now[3] = Pair<__half>::pack(h[1][2], h[1][3]);
+      float sums[4];
+      if (!kKeepStates) mma_k16_zero(sums, now[0], now[1], now[2], now[3], c2.x, c2.y);
+      const float y0 = step.z, y1 = step.w;
+      if (i + 1 < kTokens) {  // ahead of the store, which the compiler lets no load pass
+        step = steps[(i + 1) * kStride], ud = u_delta[(i + 1) * kStride], b2 = B[(i + 1) * 32];
+        if (!kKeepStates) c2 = C[(i + 1) * 32];
+      }
+      if (!kKeepStates) store_y(i, y0, y1, sums);
+    }
+    const int at = g * kStates + 4 * q;
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      store4(&carry.end[k][at], make_float4(h[0][2 * k], h[0][2 * k + 1], h[1][2 * k], h[1][2 * k + 1]));
+      store4(&carry.decay[k][at],
+             make_float4(decay[0][2 * k], decay[0][2 * k + 1], decay[1][2 * k], decay[1][2 * k + 1]));
+    }
+  }
+
+  // ---- the state before each segment
+  if (kGroups == 1) __syncwarp();
+  else group_barrier(1 + dir * kPairs + pair);
+  const int channel = lane >> 4, n = lane & 15;
+  float total = 1.f;
+#pragma unroll
+  for (int before = 0; before < kGroups - 1; before++) {
+    if (before >= group) break;
+    const auto& other = shared.carry[warp - group + before];
+#pragma unroll
+    for (int s = 0; s < 8; s++) {
+      const float d = other.decay[channel][s * kStates + n];
+      state = fmaf(d, state, other.end[channel][s * kStates + n]);
+      total *= d;
+    }
+  }
+#pragma unroll
+  for (int s = 0; s < 8; s++) {
+    const float d = carry.decay[channel][s * kStates + n];
+    carry.incoming[s][channel][n] = __float2half_rn(state);
+    state = fmaf(d, state, carry.end[channel][s * kStates + n]);
+    total *= d;
+  }
+  if (cut.end_only) {
+    if (group == kGroups - 1 && state_channel < E) *part_state(part) = make_float2(state, total);
+    return;
+  }
+  __syncwarp();
+
+  // ---- what it adds
+  {
+    const uint2 h0 = *reinterpret_cast<const uint2*>(&carry.incoming[g][0][4 * q]);
+    const uint2 h1 = *reinterpret_cast<const uint2*>(&carry.incoming[g][1][4 * q]);
+    const __half2 incoming[4] = {half2_of(h0.x), half2_of(h1.x), half2_of(h0.y), half2_of(h1.y)};
+    float2 y = *reinterpret_cast<const float2*>(&steps[0].z);
+    uint2 c2 = C[0];
+#pragma unroll
+    for (int i = 0; i < kTokens; i++) {
+      if (i >= kFirst && (i - kFirst) % kMore == 0 && i >= tokens) break;
+      uint32_t v[4];
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const __half2 decay = half2_of(gain[i][k]);
+        v[k] = bits(kKeepStates ? __hfma2(decay, incoming[k], half2_of(states[kKeepStates ? i : 0][k]))
+                                : __hmul2(decay, incoming[k]));
+      }
+      float sums[4];
+      mma_k16_zero(sums, v[0], v[1], v[2], v[3], c2.x, c2.y);
+      const float2 y_now = y;
+      if (i + 1 < kTokens) y = *reinterpret_cast<const float2*>(&steps[(i + 1) * kStride].z), c2 = C[(i + 1) * 32];
+      store_y(i, y_now.x, y_now.y, sums);
+    }
   }
   copy_async_wait_all();
   __syncthreads();
 
   // ---- sum of the directions, gate, store
-  T* y = static_cast<T*>(p.y) + static_cast<int64_t>(b) * (cls < 0 ? L : 1) * E + c0;
-  for (int t = tid; t < len; t += kThreads) {
-    const int token = base + t;
-    if (cls >= 0 && token != cls) continue;
-    const float4 z = unpack4<T>(shared.z[t]);
-    const float4 f = *reinterpret_cast<const float4*>(shared.y[0][t]);
-    const float4 w = *reinterpret_cast<const float4*>(shared.y[1][len - 1 - t]);
-    store4(y + static_cast<int64_t>(cls < 0 ? token : 0) * E,
-           make_float4((f.x + w.x) * silu_of_half(.5f * z.x), (f.y + w.y) * silu_of_half(.5f * z.y),
-                       (f.z + w.z) * silu_of_half(.5f * z.z), (f.w + w.w) * silu_of_half(.5f * z.w)));
+  if (!piece_exists) return;
+  T* y = static_cast<T*>(p.y) + (whole ? static_cast<int64_t>(b) * L + base : b - z_begin) * E + c0 + piece;
+#pragma unroll 1
+  for (int t = z_begin + piece_token; t < z_end; t += kThreads / kPieceLanes) {
+    const float4* forward = shared.steps[piece / 2] + slot(t);
+    const float4* backward = shared.steps[kPairs + piece / 2] + slot(len - 1 - t);
+    const uint32_t* z2 = reinterpret_cast<const uint32_t*>(shared.z) + (t * kChannels + piece) / 2;
+    uint32_t out[2];
+#pragma unroll
+    for (int k = 0; k < kPiece / 2; k++) {
+      const float2 f = *reinterpret_cast<const float2*>(&forward[k * kTokens * kStride].z);
+      const float2 w = *reinterpret_cast<const float2*>(&backward[k * kTokens * kStride].z);
+      const float2 z = Pair<T>::unpack(z2[k]);
+      out[k] = Pair<T>::pack((f.x + w.x) * silu_of_half(.5f * z.x), (f.y + w.y) * silu_of_half(.5f * z.y));
+    }
+    T* to = y + static_cast<int64_t>(t) * E;
+    if (kPiece == 4) *reinterpret_cast<uint2*>(to) = make_uint2(out[0], out[1]);
+    else *reinterpret_cast<uint32_t*>(to) = out[0];
   }
 }
 
-template <typename T, int kTokens, bool kEndOnly>
-cudaError_t launch(const MambaScanParams& p, cudaStream_t stream) {
-  using Traits = SegmentsTraits<T, kTokens, kEndOnly>;
-  const dim3 grid(p.d_inner / kChannels, p.batch, parts_of(p.seqlen));
-  segments_kernel<Traits><<<grid, Traits::kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+// Dynamic shared memory beyond 48 KB is asked for once a kernel and device.
+template <auto kKernel>
+cudaError_t allow_shared(size_t bytes) {
+  static std::atomic<uint64_t> allowed;  // a bit a device
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (allowed.load(std::memory_order_relaxed) & bit) return cudaSuccess;
+  status = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (status == cudaSuccess) allowed.fetch_or(bit, std::memory_order_relaxed);
+  return status;
+}
+
+int parts_of(int seqlen) { return (seqlen + kMaxPart - 1) / kMaxPart; }
+
+struct Device {
+  int processors = 132, shared_bytes = 227 * 1024;
+  Device() {
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return;
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+};
+
+// Blocks an image for the merge weights: one a group where there is room beside the others, else fewer, with several each.
+int merge_blocks_of(const MambaScanParams& p, int blocks, int processors) {
+  const int groups = merge_groups(p), waves = (blocks + processors - 1) / processors;
+  const int room = (waves * processors - blocks) / (p.batch * parts_of(p.seqlen));
+  return std::min(groups, std::max(room, 1));
+}
+
+template <typename Traits>
+int channel_blocks(const MambaScanParams& p) {
+  return (p.d_inner + Traits::kChannels - 1) / Traits::kChannels;
+}
+
+// An estimate of the time, in hundredths of a microsecond on an H100: 1.5 us a round of resident blocks, and 0.47 a channel
+// of a multiprocessor.
+template <typename Traits>
+int64_t cost(const MambaScanParams& p, const Device& device) {
+  const int parts = parts_of(p.seqlen), part_len = (p.seqlen + parts - 1) / parts;
+  if (part_len > Traits::kSegments * Traits::kTokens) return INT64_MAX;
+  if (sizeof(SegmentsShared<Traits>) > static_cast<size_t>(device.shared_bytes)) return INT64_MAX;
+  const int blocks = channel_blocks<Traits>(p) * p.batch * parts;
+  const int merging = merge_blocks_of(p, blocks, device.processors) * p.batch * parts;
+  const int64_t each = (blocks + merging + device.processors - 1) / device.processors;  // blocks of a multiprocessor
+  return (each + Traits::kBlocksPerSM - 1) / Traits::kBlocksPerSM * 150 + each * 47 * Traits::kChannels;
+}
+
+template <typename Traits>
+cudaError_t launch(const MambaScanParams& p, const Device& device, cudaStream_t stream) {
+  constexpr size_t bytes = sizeof(SegmentsShared<Traits>);
+  static_assert(bytes >= sizeof(MergeWeightShared));
+  constexpr auto kKernel = segments_kernel<Traits>;
+  cudaError_t status = allow_shared<kKernel>(bytes);
+  if (status != cudaSuccess) return status;
+  const int parts = parts_of(p.seqlen), blocks = channel_blocks<Traits>(p);
+  SegmentsCut cut{};
+  cut.part_len = (p.seqlen + parts - 1) / parts;
+  // With cls_index a single part needs no position beyond it.
+  const int longest = p.cls_index < 0 || parts > 1 ? cut.part_len : std::max(p.cls_index + 1, p.seqlen - p.cls_index);
+  const int needed = (longest + Traits::kSegments - 1) / Traits::kSegments - Traits::kFirst;
+  cut.tokens = Traits::kFirst + (needed > 0 ? (needed + Traits::kMore - 1) / Traits::kMore * Traits::kMore : 0);
+  cut.reciprocal = static_cast<uint32_t>((uint64_t{1} << 32) / static_cast<uint64_t>(cut.tokens) + 1);
+  if (parts > 1) {
+    cut.end_only = true;
+    status = launch_dependent<kKernel>(dim3(blocks, p.batch, parts), Traits::kThreads, bytes, stream, p, cut);
+    if (status != cudaSuccess) return status;
+    cut.end_only = false;
+  }
+  cut.merge_blocks = merge_blocks_of(p, blocks * p.batch * parts, device.processors);
+  return launch_dependent<kKernel>(dim3(cut.merge_blocks + blocks, p.batch, parts), Traits::kThreads, bytes, stream, p,
+                                   cut);
 }
 
 template <typename T>
 cudaError_t dispatch(const MambaScanParams& p, cudaStream_t stream) {
-  if (p.seqlen <= kSegments * kShortTokens) return launch<T, kShortTokens, false>(p, stream);
-  if (p.seqlen <= kMaxPart) return launch<T, kLongTokens, false>(p, stream);
-  if (!p.workspace) return cudaErrorInvalidValue;
-  const cudaError_t status = launch<T, kLongTokens, true>(p, stream);
-  return status == cudaSuccess ? launch<T, kLongTokens, false>(p, stream) : status;
+  using Narrow = SegmentsTraits<T, 4, 2, 5, 2, 13, 2>;
+  using Middle = SegmentsTraits<T, 6, 2, 5, 2, 13, 1>;
+  using Wide = SegmentsTraits<T, 12, 1, 13, 3, 25, 1>;
+  if (p.seqlen > kMaxPart && !p.workspace) return cudaErrorInvalidValue;
+  const Device device;
+  const int64_t narrow = cost<Narrow>(p, device), middle = cost<Middle>(p, device), wide = cost<Wide>(p, device);
+  if (wide < middle && wide < narrow) return launch<Wide>(p, device, stream);
+  return middle < narrow ? launch<Middle>(p, device, stream) : launch<Narrow>(p, device, stream);
 }
 
 }  // namespace
 
 bool mamba_scan_segments_supported(int32_t, int32_t d_inner, int32_t d_state, int32_t dt_rank, int32_t,
                                    DataType type) {
-  return type != DataType::kFloat32 && d_state == kStates && d_inner % kChannels == 0 && dt_rank % 4 == 0 &&
+  return type != DataType::kFloat32 && d_state == kStates && d_inner % 4 == 0 && dt_rank % 4 == 0 &&
          dt_rank <= kMaxRank;
 }
 

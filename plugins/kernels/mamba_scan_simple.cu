@@ -1,5 +1,6 @@
 // mamba_scan_simple.cu: the scan for every type and extent: a thread walks one channel of one direction.
 #include "dt_proj.cuh"
+#include "launch.cuh"
 #include "mamba_scan_impl.h"
 
 namespace stm {
@@ -45,6 +46,8 @@ __global__ __launch_bounds__(Traits::kThreads) void simple_scan_kernel(const __g
 #pragma unroll
   for (int j = 0; j < 4; j++) taps[j] = p.conv_weight[channel * 4 + j];
   const float conv_bias = p.conv_bias[channel], skip = p.D[channel], bias = p.dt_bias[channel];
+  wait_for_previous();
+  let_next_start();
   float x1 = 0.f, x2 = 0.f, x3 = 0.f;  // x of the last three tokens
 
   const int steps = cls < 0 ? L : dir ? L - cls : cls + 1;
@@ -132,8 +135,7 @@ template <typename T, int kStates>
 cudaError_t launch(const MambaScanParams& p, cudaStream_t stream) {
   using Traits = SimpleScanTraits<T, kStates>;
   const dim3 grid((p.d_inner + Traits::kChannels - 1) / Traits::kChannels, p.batch);
-  simple_scan_kernel<Traits><<<grid, Traits::kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch_dependent<simple_scan_kernel<Traits>>(grid, Traits::kThreads, 0, stream, p);
 }
 
 template <typename T>

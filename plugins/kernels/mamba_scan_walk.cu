@@ -1,136 +1,246 @@
-// mamba_scan_walk.cu: the scan for large batches: conv + SiLU, dt_proj, both scans, D, sum and gate in one kernel on
-// tensor cores (d_state 16). Bound by instruction issue and exponentials, not by bytes: see walk_chunk.
+// mamba_scan_walk.cu: the scan for large batches and long sequences: conv + SiLU, dt_proj, both scans, D, sum and gate
+// in one kernel on tensor cores (d_state 16). Bound by instruction issue and exponentials, not by bytes: the chunk loop
+// issues 118 instructions a token for a warp of 32 channels, 64 for one of 16, and whatever is added there costs time.
+#include <algorithm>
+#include <cfloat>
 #include <climits>
+#include <cstddef>
+#include <type_traits>
 
 #include "device.cuh"
+#include "launch.cuh"
 #include "mamba_scan_impl.h"
+#include "merge_weight.cuh"
 
 namespace stm {
 namespace {
 
-template <typename T_, int kSteps_>
+template <typename T_, int kSteps_, int kTiles_, bool kEndOnly_>
 struct WalkTraits {
   using T = T_;
-  static constexpr int kSteps = kSteps_;      // of 16 columns of dt_proj's sum: dt_rank <= 16 kSteps
+  static constexpr int kSteps = kSteps_;        // of 16 columns of dt_proj's sum: dt_rank <= 16 kSteps
+  static constexpr int kTiles = kTiles_;        // m-tiles of 16 channels that a warp walks
+  static constexpr bool kEndOnly = kEndOnly_;   // the first of two passes: only what a piece does to the state
   static constexpr int kStates = 16;
-  static constexpr int kChannels = 32;        // of a warp
-  static constexpr int kThreads = 64;         // one warp forward, one backward, over the same channels
-  static constexpr int kBlocksPerSM = 6;      // 168 registers: the walk unrolls without spills
-  static constexpr int kTile = 80;            // bytes of a staged token of x, z, y: 32 channels and a pad
-  static constexpr int kRow = kSteps > 3 ? 224 : 160;  // bytes of a staged x_dbl row, so that 8 rows miss each other
+  static constexpr int kChannels = 16 * kTiles; // of a warp
+  static constexpr int kOwn = 2 * kTiles;       // of a lane
+  static constexpr int kThreads = 64;           // one warp forward, one backward, over the same channels
+  // 168 registers: the walk of 32 channels unrolls without spills. Half as many channels want half as many.
+  static constexpr int kBlocksPerSM = kTiles == 2 ? 6 : 8;
+  static constexpr int kTile = kTiles == 2 ? 80 : 48;  // bytes of a staged token of x, z, y: no bank conflicts
   static constexpr int kMaxRow = kSteps > 3 ? 96 : kSteps > 2 ? 80 : 64;  // elements
-  static constexpr int kPieces = kSteps > 2 ? 3 : 2;   // 16-byte pieces of 8 rows, a lane
+  static constexpr int kRowCopies = (kMaxRow + 31) / 32;                  // of 16 bytes of eight rows, a lane
 };
 
-// One warp's share. A chunk is 8 tokens in scan order; lane (g, q) = (lane / 4, lane % 4) owns channels 4g..4g+3 and
-// states 4q..4q+3 of the walk, and tokens 2q, 2q+1 of what is computed a chunk at a time.
+// What a lane has of its 2 or 4 neighbouring channels, in float32 and in T.
+template <int kTiles>
+struct Own;
+template <>
+struct Own<1> {
+  using Floats = float2;
+  using Bits = uint32_t;
+  template <typename T>
+  static __device__ __forceinline__ void unpack(Bits v, float (&out)[2]) {
+    const float2 f = Pair<T>::unpack(v);
+    out[0] = f.x, out[1] = f.y;
+  }
+  template <typename T>
+  static __device__ __forceinline__ Bits pack(const float (&v)[2]) {
+    return Pair<T>::pack(v[0], v[1]);
+  }
+  static __device__ __forceinline__ void get(Floats v, float (&out)[2]) { out[0] = v.x, out[1] = v.y; }
+  static __device__ __forceinline__ Floats make(const float (&v)[2]) { return make_float2(v[0], v[1]); }
+};
+template <>
+struct Own<2> {
+  using Floats = float4;
+  using Bits = uint2;
+  template <typename T>
+  static __device__ __forceinline__ void unpack(Bits v, float (&out)[4]) {
+    const float4 f = unpack4<T>(v);
+    out[0] = f.x, out[1] = f.y, out[2] = f.z, out[3] = f.w;
+  }
+  template <typename T>
+  static __device__ __forceinline__ Bits pack(const float (&v)[4]) {
+    return pack4<T>(v[0], v[1], v[2], v[3]);
+  }
+  static __device__ __forceinline__ void get(Floats v, float (&out)[4]) {
+    out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+  }
+  static __device__ __forceinline__ Floats make(const float (&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); }
+};
+
+// One warp's share. A chunk is 8 tokens; lane (g, q) = (lane / 4, lane % 4) owns channels 2 kTiles g .. and states q,
+// q + 4, q + 8, q + 12 of the walk, and scan positions 2q, 2q + 1 of what is computed a chunk at a time.
 template <typename Traits>
 struct WarpShared {
-  float4 delta[72];    // s delta of 8 tokens x 32 channels; token pairs lie 288 bytes apart: no bank conflicts
-  float4 clamped[72];  // the same, clamped to the polynomial's range
-  uint4 dt_weight[2][Traits::kSteps][32];      // fragments
-  float4 bias[8], skip[8], conv_bias[8], taps[4][8];  // conv's halved, for silu_of_half
-  char x[3][8 * Traits::kTile];                // previous, this and next chunk
-  char rows[2][8 * Traits::kRow];              // dt, B, C
-  char z[8 * Traits::kTile], y[8 * Traits::kTile];  // z, and the other direction's sum
-  uint4 pieces[Traits::kPieces][32];           // a lane's pieces of rows: source, target, limit; would cost registers
+  using Floats = typename Own<Traits::kTiles>::Floats;
+  struct Channels {                   // of the lanes of one g; the pad keeps them in different banks
+    Floats delta[8];                  // s delta of the chunk, clamped to the polynomial's range
+    float4 dt_bias[Traits::kTiles];   // twice each: accumulators of dt_proj
+    Floats skip, conv_bias, taps[4];  // conv's halved, for silu_of_half
+    float4 pad[Traits::kTiles == 2 ? 1 : 3];
+  };
+  using Fragments = std::conditional_t<Traits::kEndOnly, uint2, uint4>;  // of B; of B and C
+  Fragments bc[8][32];                                  // by token, zero but for the token's own row and column
+  uint4 dt_weight[Traits::kTiles][Traits::kSteps][32];  // fragments
+  Channels channels[8];
+  char x[11 * Traits::kTile];                           // in scan order, from three tokens before the chunk
+  char rows[Traits::kRowCopies * 32 * 16];              // dt, B, C of eight tokens in token order, then rubbish
+  char zy[Traits::kEndOnly ? 16 : 16 * Traits::kTile];  // z, then the other direction's sum, in scan order
 };
 
-__device__ __forceinline__ uint32_t to_half2(uint32_t v, __half) { return v; }
-__device__ __forceinline__ uint32_t to_half2(uint32_t v, __nv_bfloat16) {
-  const float2 f = Pair<__nv_bfloat16>::unpack(v);
-  return Pair<__half>::pack(f.x, f.y);
+// One element of B or C in fp16, in the low half of a register.
+__device__ __forceinline__ uint32_t half_bits(const char* p, __half) { return *reinterpret_cast<const uint16_t*>(p); }
+__device__ __forceinline__ uint32_t half_bits(const char* p, __nv_bfloat16) {
+  return Pair<__half>::pack(__uint_as_float(static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(p)) << 16), 0.f);
+}
+
+// pointer + step in one instruction, a multiplication and an addition. The compiler would take the product out of the
+// loop, which leaves two additions and takes a register more; so to the compiler the step changes.
+template <typename P>
+__device__ __forceinline__ P* moved(P* pointer, int& step) {
+  asm volatile("" : "+r"(step));
+  return pointer + step;
+}
+
+// The same value or address, kept in a register: the compiler would compute it anew in every chunk.
+__device__ __forceinline__ int kept(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+template <typename P>
+__device__ __forceinline__ P* kept(P* shared) {
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("" : "+r"(address));
+  return static_cast<P*>(__cvta_shared_to_generic(address));
 }
 
 // The forward and the backward warp meet. An immediate barrier number, else the compiler books all 16.
 __device__ __forceinline__ void pair_barrier() { asm volatile("bar.sync 1, 64;" ::: "memory"); }
 
-// Eight tokens of the recurrence. A token and 16 channels: decayed state by 8 exponentials a lane, + u delta B by two
-// mma m16n8k8 (the decayed state is the accumulator; u delta lies in its token's column, B is masked to that token),
-// C h by one mma m16n8k16 on the state rounded to fp16, whose result lies with the lanes that own the token.
-// h, a: [m-tile i][n-tile j][r]: channel 4g + 2i + (r >> 1), state 4q + j + 2 (r & 1).
-// kPolynomial moves 4 of a lane's 16 exponentials to the FMA pipe: 4 % faster, more is slower.
-template <bool kPolynomial, int kUnroll, typename Shared>
-__device__ __forceinline__ void walk_chunk(const Shared& shared, int g, int q, const float (&a)[2][2][4],
-                                           float (&h)[2][2][4], const uint32_t (&u_delta)[2][2],
-                                           const uint32_t (&B)[2][2], uint32_t C0, uint32_t C1, float (&y)[2][4]) {
+// Eight tokens of the recurrence. A token and 16 channels: decay by 8 exponentials a lane, u delta B by two mma m16n8k8
+// (u delta lies in its token's column, B is masked to that token), C h by one mma m16n8k16 on the state rounded to fp16,
+// with y as the accumulator (C is masked to the token's column).
+// h, a: [m-tile i][n-tile j][r]: channel 2 kTiles g + 2i + (r >> 1), state q + 4 k, k = 0 for (j, r & 1) = (1, 1).
+// y: [m-tile i][r]: channel the same, scan position 2q + (r & 1).
+// kPolynomial moves the exponentials of k = 0, a quarter, to the FMA pipe: 4 % faster, more is slower.
+template <bool kPolynomial, int kUnroll, typename Traits>
+__device__ __forceinline__ void walk_chunk(const typename WarpShared<Traits>::Channels& channels,
+                                           const typename WarpShared<Traits>::Fragments* bc,
+                                           const float (&a)[Traits::kTiles][2][4], float (&h)[Traits::kTiles][2][4],
+                                           const uint32_t (&u_delta)[Traits::kTiles][2], float (&y)[Traits::kTiles][4]) {
+  constexpr int kTiles = Traits::kTiles;
 #pragma unroll kUnroll
-  for (int j = 0; j < 4; j++) {
-    const bool mine = q == j;
+  for (int t = 0; t < 8; t++) {
+    float delta[Traits::kOwn];
+    Own<kTiles>::get(channels.delta[t], delta);
+    const auto fragments = bc[32 * t];
 #pragma unroll
-    for (int s = 0; s < 2; s++) {
-      const float4 v = shared.delta[18 * j + 8 * s + g];
-      const float delta[4] = {v.x, v.y, v.z, v.w};
-      float clamped[4];
-      if (kPolynomial) {
-        const float4 c = shared.clamped[18 * j + 8 * s + g];
-        clamped[0] = c.x, clamped[1] = c.y, clamped[2] = c.z, clamped[3] = c.w;
+    for (int i = 0; i < kTiles; i++) {
+      constexpr float kZero[4] = {0.f, 0.f, 0.f, 0.f};
+      float gain0[4], gain1[4];
+      mma_k8(gain0, u_delta[i][0], u_delta[i][1], fragments.x, kZero);
+      mma_k8(gain1, u_delta[i][0], u_delta[i][1], fragments.y, kZero);
+#pragma unroll
+      for (int r = 0; r < 4; r++) {
+        const float d = delta[2 * i + (r >> 1)];
+        h[i][0][r] = fmaf(ex2(d * a[i][0][r]), h[i][0][r], gain0[r]);
+        const float decay = kPolynomial && (r & 1) ? ex2_polynomial(d, a[i][1][r]) : ex2(d * a[i][1][r]);
+        h[i][1][r] = fmaf(decay, h[i][1][r], gain1[r]);
       }
-      const uint32_t b0 = mine ? B[s][0] : 0, b1 = mine ? B[s][1] : 0;
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        float decayed0[4], decayed1[4], sums[4];
-#pragma unroll
-        for (int r = 0; r < 4; r++) {
-          const int k = 2 * i + (r >> 1);
-          decayed0[r] = ex2(delta[k] * a[i][0][r]) * h[i][0][r];
-          const float decay =
-              kPolynomial && (r & 1) ? ex2_polynomial(clamped[k], a[i][1][r]) : ex2(delta[k] * a[i][1][r]);
-          decayed1[r] = decay * h[i][1][r];
-        }
-        mma_k8(h[i][0], u_delta[i][0], u_delta[i][1], b0, decayed0);
-        mma_k8(h[i][1], u_delta[i][0], u_delta[i][1], b1, decayed1);
-        mma_k16_zero(sums, Pair<__half>::pack(h[i][0][0], h[i][0][1]), Pair<__half>::pack(h[i][0][2], h[i][0][3]),
-                     Pair<__half>::pack(h[i][1][0], h[i][1][1]), Pair<__half>::pack(h[i][1][2], h[i][1][3]), C0, C1);
-        if (mine) {
-          y[s][2 * i] += sums[s];
-          y[s][2 * i + 1] += sums[2 + s];
-        }
-      }
+      if constexpr (!Traits::kEndOnly)
+        mma_k16<__half>(y[i],
+                        make_uint4(Pair<__half>::pack(h[i][0][0], h[i][0][1]), Pair<__half>::pack(h[i][0][2], h[i][0][3]),
+                                   Pair<__half>::pack(h[i][1][0], h[i][1][1]), Pair<__half>::pack(h[i][1][2], h[i][1][3])),
+                        make_uint2(fragments.z, fragments.w));
     }
   }
 }
 
-// Grid: images x tiles of 32 channels. Until the warps meet in the middle each leaves its sums (rounded to T) in y;
-// from there on each adds the other's and gates. With cls_index both stop at that token and meet in shared memory.
+// How L is cut for two passes, and what the first leaves of each piece: its state from zero, by direction, image, piece,
+// tile of channels and as the lanes hold it; the sum of s delta, by direction, image, piece and channel.
+struct Pieces {
+  int count, chunks;  // chunks (of 8 tokens) of a piece; one piece: no first pass
+  float* ends;
+  float* sums;
+};
+
+// Grid: merge weights, if any, then images x pieces x tiles of channels, the tile fastest. Until the warps meet in the
+// middle of the piece each leaves its sums (rounded to T) in y; from there on each adds the other's and gates. With
+// cls_index both stop at that token and meet in shared memory; only its piece is walked.
+// kEndOnly: block `piece` walks piece forward and count - 1 - piece backward; those at the end are not needed.
 // Hazard: u delta and h pass through fp16, so |h| must stay below 65,504.
 template <typename Traits>
 __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_kernel(
-    const __grid_constant__ MambaScanParams p) {
+    const __grid_constant__ MambaScanParams p, const __grid_constant__ Pieces pieces) {
   using T = typename Traits::T;
-  constexpr int kTile = Traits::kTile, kRow = Traits::kRow, kSteps = Traits::kSteps, kPieces = Traits::kPieces;
+  using Mine = Own<Traits::kTiles>;
+  using Floats = typename Mine::Floats;
+  using Bits = typename Mine::Bits;
+  constexpr int kTile = Traits::kTile, kSteps = Traits::kSteps, kTiles = Traits::kTiles, kOwn = Traits::kOwn;
+  constexpr int kBytes = sizeof(T);
   __shared__ __align__(16) WarpShared<Traits> warp_shared[2];
-  __shared__ float4 meet[2][8];
+  __shared__ Floats meet[2][8];
 
+  int block = blockIdx.x;
+  if (!Traits::kEndOnly && p.weight_mode != WeightMode::kNone) {
+    const int groups = merge_groups(p), weights = groups * p.batch;
+    if (block < weights) {
+      static_assert(sizeof(MergeWeightShared) <= sizeof(warp_shared));
+      wait_for_previous();
+      let_next_start();
+      merge_weights_of_group<T, Traits::kThreads, true>(p, block % groups, block / groups,
+                                                  *reinterpret_cast<MergeWeightShared*>(warp_shared));
+      return;
+    }
+    block -= weights;
+  }
   // opaque to the compiler, which otherwise computes them anew in the loop
   int dir = threadIdx.x >> 5, lane = threadIdx.x & 31;
   asm volatile("" : "+r"(dir), "+r"(lane));
   int g = lane >> 2, q = lane & 3;
   asm volatile("" : "+r"(g), "+r"(q));
   auto& shared = warp_shared[dir];
-  const int L = p.seqlen, E = p.d_inner, R = p.dt_rank, tiles = E / Traits::kChannels;
-  const int b = blockIdx.x / tiles, warp_channel = (blockIdx.x % tiles) * Traits::kChannels;
-  const int lane_channel = warp_channel + 4 * g;
-  const int all_chunks = (L + 7) >> 3, cls = p.cls_index;
+  const int L = p.seqlen, E = p.d_inner, R = p.dt_rank, tiles = E / Traits::kChannels, cls = p.cls_index;
+  const int tile = block % tiles, all_chunks = (L + 7) >> 3;
+  const int cls_piece = cls < 0 ? -1 : (cls >> 3) / pieces.chunks;
+  int piece, b;
+  if (Traits::kEndOnly) {
+    const int walked = cls < 0 ? pieces.count - 1 : max(cls_piece, pieces.count - 1 - cls_piece);
+    piece = block / tiles % walked, b = block / tiles / walked;
+    if (dir) piece = pieces.count - 1 - piece;
+  } else {
+    const int walked = cls < 0 ? pieces.count : 1;
+    piece = cls < 0 ? block / tiles % walked : cls_piece, b = block / tiles / walked;
+  }
+  const int warp_channel = tile * Traits::kChannels, lane_channel = warp_channel + kOwn * g;
 
   // ---- weights to shared memory
   {
     const int e = dir * E + lane_channel;
     if (q == 0) {
-      shared.bias[g] = load4(p.dt_bias + e);
-      shared.skip[g] = load4(p.D + e);
-      const float4 cb = load4(p.conv_bias + e);
-      shared.conv_bias[g] = make_float4(.5f * cb.x, .5f * cb.y, .5f * cb.z, .5f * cb.w);
-      const float4 w0 = load4(p.conv_weight + 4 * e), w1 = load4(p.conv_weight + 4 * e + 4);
-      const float4 w2 = load4(p.conv_weight + 4 * e + 8), w3 = load4(p.conv_weight + 4 * e + 12);
-      shared.taps[0][g] = make_float4(.5f * w0.x, .5f * w1.x, .5f * w2.x, .5f * w3.x);
-      shared.taps[1][g] = make_float4(.5f * w0.y, .5f * w1.y, .5f * w2.y, .5f * w3.y);
-      shared.taps[2][g] = make_float4(.5f * w0.z, .5f * w1.z, .5f * w2.z, .5f * w3.z);
-      shared.taps[3][g] = make_float4(.5f * w0.w, .5f * w1.w, .5f * w2.w, .5f * w3.w);
+      auto& channels = shared.channels[g];
+      channels.skip = *reinterpret_cast<const Floats*>(p.D + e);
+      float bias[kOwn], v[kOwn], taps[4][kOwn];
+      Mine::get(*reinterpret_cast<const Floats*>(p.dt_bias + e), bias);
+#pragma unroll
+      for (int i = 0; i < kTiles; i++)
+        channels.dt_bias[i] = make_float4(bias[2 * i], bias[2 * i], bias[2 * i + 1], bias[2 * i + 1]);
+      Mine::get(*reinterpret_cast<const Floats*>(p.conv_bias + e), v);
+#pragma unroll
+      for (int k = 0; k < kOwn; k++) {
+        const float4 w = load4(p.conv_weight + 4 * (e + k));
+        taps[0][k] = .5f * w.x, taps[1][k] = .5f * w.y, taps[2][k] = .5f * w.z, taps[3][k] = .5f * w.w;
+        v[k] *= .5f;
+      }
+      channels.conv_bias = Mine::make(v);
+#pragma unroll
+      for (int j = 0; j < 4; j++) channels.taps[j] = Mine::make(taps[j]);
     }
     const T* weight = static_cast<const T*>(p.dt_weight) + static_cast<int64_t>(e) * R;
 #pragma unroll
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < kTiles; i++)
 #pragma unroll
       for (int k = 0; k < kSteps; k++) {
         const int column = 16 * k + 4 * q;  // beyond dt_rank the rows hold B: weight zero
@@ -141,26 +251,27 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
         }
         shared.dt_weight[i][k][lane] = make_uint4(r0.x, r1.x, r0.y, r1.y);
       }
-    for (int i = lane; i < 8 * kTile / 16; i += 32)  // nothing comes before the first chunk
-      reinterpret_cast<uint4*>(shared.x[2])[i] = make_uint4(0, 0, 0, 0);
-  }
-  float a[2][2][4], h[2][2][4];
 #pragma unroll
-  for (int i = 0; i < 2; i++)
+    for (int t = 0; t < 8; t++) shared.bc[t][lane] = {};
+  }
+  float a[kTiles][2][4], h[kTiles][2][4];
+#pragma unroll
+  for (int i = 0; i < kTiles; i++)
 #pragma unroll
     for (int r = 0; r < 4; r++) {
       const int64_t row = static_cast<int64_t>(dir) * E + lane_channel + 2 * i + (r >> 1);
-      const float2 v = *reinterpret_cast<const float2*>(p.A + row * Traits::kStates + 4 * q + 2 * (r & 1));
-      a[i][0][r] = v.x * kLog2e, a[i][1][r] = v.y * kLog2e;
+      const float* A = p.A + row * Traits::kStates + q;
+      a[i][0][r] = A[r & 1 ? 4 : 12] * kLog2e, a[i][1][r] = A[r & 1 ? 0 : 8] * kLog2e;
       h[i][0][r] = h[i][1][r] = 0.f;
     }
-  // The polynomial wants delta a >= -126. delta is shared by a channel's four lanes, so it is clamped for the steepest
-  // of their states; the flattest has then lost only decays below 2^(-120/8). Other A take the exponential.
-  float limit[4];
+  // The polynomial wants delta a >= -126 of states 0..3, the flattest of a trained A. delta is clamped for the steepest
+  // of them, for all states; the flattest of all has then lost only decays below 2^(-120/8). Other A take exponentials.
+  float limit[kOwn];
   bool fits = true;
 #pragma unroll
-  for (int k = 0; k < 4; k++) {
-    float steep = a[k >> 1][1][2 * (k & 1) + 1], flat = steep;
+  for (int k = 0; k < kOwn; k++) {
+    const int i = k >> 1, r = 2 * (k & 1);
+    float steep = a[i][1][r + 1], flat = fmaxf(fmaxf(a[i][0][r], a[i][0][r + 1]), fmaxf(a[i][1][r], a[i][1][r + 1]));
 #pragma unroll
     for (int mask = 1; mask < 4; mask *= 2) {
       steep = fminf(steep, __shfl_xor_sync(~0u, steep, mask));
@@ -170,206 +281,375 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
     fits = fits && flat <= 0.f && 8.f * flat <= steep && steep < -1e-3f;
   }
   const bool polynomial = __all_sync(~0u, fits);
-
-  // ---- addresses. Scan position k of a chunk is token 8 chunk + (dir ? 7 - k : k); it exists if 8 chunk < limit.
-  const int64_t direction_row = static_cast<int64_t>(dir) * p.batch + b;
-  const unsigned xz_stride = 2 * sizeof(T) * E, y_stride = sizeof(T) * E, row_stride = sizeof(T) * p.row;
-  const int k_lane = dir ? 7 - g : g, lane_limit = L - k_lane;
-  const int first = dir ? all_chunks - 1 : 0, middle = (all_chunks + 1) >> 1;
-  const int chunks = cls < 0 ? all_chunks : dir ? all_chunks - (cls >> 3) : (cls >> 3) + 1;
-  const int meeting = cls >= 0 ? INT_MAX : dir ? all_chunks - middle : middle;  // from here on the other was there
-  // Per image, in bytes: 32 bits are enough (checked at launch) and save registers.
-  const char* xz_image =
-      reinterpret_cast<const char*>(static_cast<const T*>(p.xz) + static_cast<int64_t>(b) * L * 2 * E);
-  char* y_image = reinterpret_cast<char*>(static_cast<T*>(p.y) + static_cast<int64_t>(b) * (cls < 0 ? L : 1) * E);
-  const char* rows_image =
-      reinterpret_cast<const char*>(static_cast<const T*>(p.x_dbl) + direction_row * L * p.row);
-  const unsigned x_source = warp_channel * sizeof(T) + k_lane * xz_stride + q * 16;  // z lies y_stride further
-  const unsigned y_source = warp_channel * sizeof(T) + k_lane * y_stride + q * 16;
-  const int k_first = dir ? 7 - 2 * q : 2 * q, k_second = dir ? k_first - 1 : k_first + 1;
-  const unsigned y_target = lane_channel * sizeof(T) + k_first * y_stride;
-  const int row_pieces = p.row >> 3;
+  if (!polynomial) {
 #pragma unroll
-  for (int i = 0; i < kPieces; i++) {
-    const int piece = lane + 32 * i, r = piece / row_pieces, column = (piece % row_pieces) * 16, k = dir ? 7 - r : r;
-    const int limit = r < 8 ? L - k : INT_MIN;  // INT_MIN: no such piece; others are filled with zeros past the end
-    shared.pieces[i][lane] = make_uint4(k * row_stride + column, r * kRow + column, limit, 0);
+    for (int k = 0; k < kOwn; k++) limit[k] = FLT_MAX;
   }
-  auto first_token = [&](int n) { return static_cast<unsigned>(8 * (dir ? first - n : n)); };
-  auto stage = [&](int n, int slot) {
-    const unsigned t = first_token(n);
-    copy_async16(shared.x[slot] + g * kTile + q * 16, xz_image + (x_source + t * xz_stride),
-                 static_cast<int>(t) < lane_limit);
-    char* rows = shared.rows[n & 1];
-#pragma unroll
-    for (int i = 0; i < kPieces; i++) {
-      const uint4 piece = shared.pieces[i][lane];
-      const int limit = static_cast<int>(piece.z);
-      if (i == 0 || limit != INT_MIN)
-        copy_async16(rows + piece.y, rows_image + (piece.x + t * row_stride), static_cast<int>(t) < limit);
-    }
+  wait_for_previous();
+  let_next_start();
+
+  // ---- what the first pass leaves of a piece
+  const int64_t direction_row = static_cast<int64_t>(dir) * p.batch + b;
+  auto piece_end = [&](int which) {  // of this lane, 32 float4 apart
+    return reinterpret_cast<float4*>(pieces.ends) +
+           ((direction_row * pieces.count + which) * tiles + tile) * (Traits::kChannels * 4) + lane;
   };
+  auto piece_sum = [&](int which) {
+    return reinterpret_cast<Floats*>(pieces.sums + (direction_row * pieces.count + which) * E + lane_channel);
+  };
+  if (Traits::kEndOnly && (dir ? piece <= max(cls_piece, 0) : piece >= (cls < 0 ? pieces.count - 1 : cls_piece)))
+    return;  // nobody needs this one
 
-  stage(0, 0);
+  // ---- addresses. Scan position k of a chunk is token t0 + (dir ? 7 - k : k).
+  const int piece_begin = piece * pieces.chunks, piece_end_chunk = min(piece_begin + pieces.chunks, all_chunks);
+  const int middle = (piece_end_chunk - piece_begin + 1) >> 1;
+  int chunks = piece_end_chunk - piece_begin;
+  int meeting = dir ? chunks - middle : middle;  // from here on the other was there
+  if (!Traits::kEndOnly && cls >= 0) {
+    chunks = dir ? piece_end_chunk - (cls >> 3) : (cls >> 3) + 1 - piece_begin;
+    meeting = INT_MAX;
+  }
+  const int t0 = 8 * (dir ? piece_end_chunk - 1 : piece_begin);
+  const int sign = dir ? -1 : 1, t_step = kept(8 * sign);
+  const int E16 = E / 8;  // 16-byte pieces of a row of y; xz has twice as many
+  const uint4* xz_image = static_cast<const uint4*>(p.xz) + static_cast<int64_t>(b) * L * 2 * E16 + warp_channel / 8;
+  char* y_image = static_cast<char*>(p.y) + (static_cast<int64_t>(b) * (cls < 0 ? L : 1) * E + warp_channel) * kBytes;
+  // x: position and place of the lane's 16 bytes; a warp of two m-tiles copies positions 5, 6, 7 separately
+  const int place = lane % (2 * kTiles), x_position = lane / (2 * kTiles) - 3;
+  int x_token = t0 + (dir ? 7 - x_position : x_position), x_step = sign * 16 * E16;
+  const uint4* x_source = xz_image + static_cast<int64_t>(x_token) * 2 * E16 + place;
+  char* x_target = kept(shared.x + (x_position + 3) * kTile + place * 16);  // z and y the same
+  // rows: eight are contiguous; behind the chunk's end comes what nobody reads, behind the image's end zeros
+  const int row16 = p.row / 8, rows16 = L * row16;
+  int row_at = t0 * row16 + lane, row_step = sign * 8 * row16;
+  const uint4* row_source = static_cast<const uint4*>(p.x_dbl) + direction_row * rows16 + row_at;
+  char* row_target = kept(shared.rows + lane * 16);
+  auto stage = [&] {  // the next chunk, or outside of the piece what nobody reads
+    auto copy_x = [&](char* target) {
+      copy_async16(target, x_source, static_cast<unsigned>(x_token) < static_cast<unsigned>(L));
+    };
+    if (kTiles == 2 || lane < 22) copy_x(x_target);
+    x_source = moved(x_source, x_step), x_token += t_step;
+    if (kTiles == 2 && lane < 12) copy_x(x_target + 8 * kTile);
+#pragma unroll
+    for (int i = 0; i < Traits::kRowCopies; i++)
+      copy_async16(row_target + 512 * i, row_source + 32 * i,
+                   static_cast<unsigned>(row_at) < static_cast<unsigned>(max(rows16 - 32 * i, 0)));
+    row_source = moved(row_source, row_step), row_at += row_step;
+  };
+  // z and the other's sum; with one m-tile a lane takes one or the other
+  const int zy_position = lane / (2 * kTiles) & 7, zy_token = dir ? 7 - zy_position : zy_position;
+  const bool takes_z = kTiles == 2 || lane < 16;
+  const int64_t zy_first = t0 + (meeting < chunks ? meeting : 0) * 8 * sign + zy_token;
+  const uint4* y_source = reinterpret_cast<const uint4*>(y_image) + zy_first * E16 + place;
+  const uint4* z_source = takes_z ? xz_image + (zy_first * 2 + 1) * E16 + place : y_source;
+  int z_step = sign * (takes_z ? 16 : 8) * E16, y_step = sign * 8 * E16;
+  constexpr int kZ = offsetof(WarpShared<Traits>, zy) - offsetof(WarpShared<Traits>, x);
+  char* zy_target = x_target + kZ;
+  // what is written
+  const int k_first = dir ? 7 - 2 * q : 2 * q, k_second = k_first + sign;
+  constexpr int kPerPiece = 16 / sizeof(Bits);
+  int out_step = sign * 8 * kPerPiece * E16, out_second = sign * kPerPiece * E16;
+  Bits* out_target = reinterpret_cast<Bits*>(y_image) + static_cast<int64_t>(t0 + k_first) * kPerPiece * E16 + g;
+  // Tokens exist below L. Those of a chunk are told by x_token, which is two chunks ahead once the next one is staged.
+  const int x_lead = x_token + 2 * t_step - t0, zy_limit = kept(L + x_lead - zy_token);
+  const int first_limit = kept(L + x_lead - k_first), second_limit = kept(L + x_lead - k_second);
+  // in shared memory
+  const int row_bytes = p.row * kBytes;
+  const char* window = kept(shared.x + 2 * q * kTile + g * kOwn * kBytes);  // positions 2q - 3 ..; z and y the same
+  const char* dt_row = kept(shared.rows + (dir ? 7 - g : g) * row_bytes + q * 8);
+  const char* c_row = kept(shared.rows + (dir ? 7 - g : g) * row_bytes + (R + 16 + q) * kBytes);
+  const char* b_first = kept(shared.rows + k_first * row_bytes + (R + (g >> 1) + (g & 1 ? 0 : 8)) * kBytes);
+  const char* b_second = kept(shared.rows + k_second * row_bytes + (R + (g >> 1) + (g & 1 ? 0 : 8)) * kBytes);
+  const auto* channels = kept(&shared.channels[g]);
+  Floats* delta_target = kept(&shared.channels[g].delta[2 * q]);
+  const uint4* dt_weight = kept(&shared.dt_weight[0][0][lane]);
+  const auto* bc = kept(&shared.bc[0][lane]);
+  auto *b_target = kept(&shared.bc[2 * q][lane]), *c_target = kept(&shared.bc[g][lane]);
+  // A loop of one turn or none: an if would become predicates, and its instructions would be issued for nothing.
+  const int scalings = kept(p.decay_scale ? 1 : 0);
+  float delta_sum[kOwn];
+#pragma unroll
+  for (int k = 0; k < kOwn; k++) delta_sum[k] = 0.f;
+
+  stage();
+  if (!Traits::kEndOnly && kTiles == 1) {  // the state before the piece; warps of 32 channels walk L in one
+    const int before = dir ? pieces.count - 1 - piece : piece;
+#pragma unroll 4
+    for (int n = 0; n < before; n++) {
+      const int which = dir ? pieces.count - 1 - n : n;
+      float sum[kOwn];
+      Mine::get(__ldcg(piece_sum(which)), sum);
+      const float4* ends = piece_end(which);
+#pragma unroll
+      for (int i = 0; i < kTiles; i++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          const float4 v = __ldcg(ends + 32 * (2 * i + j));
+          const float end[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+          for (int r = 0; r < 4; r++) h[i][j][r] = fmaf(ex2(sum[2 * i + (r >> 1)] * a[i][j][r]), h[i][j][r], end[r]);
+        }
+    }
+  }
   copy_async_wait_all();
-  int current = 0, previous = 2;
+  __syncwarp();
 #pragma unroll 1
-  for (int n = 0; n < chunks; n++) {
-    const int next = 3 - current - previous;
-    const unsigned t0 = first_token(n);
-    const int t_first = static_cast<int>(t0) + k_first, t_second = static_cast<int>(t0) + k_second;
-    __syncwarp();
-    if (n + 1 < chunks) stage(n + 1, next);
-    if (n == meeting) pair_barrier();
-    if (n >= meeting) {
-      const bool exists = static_cast<int>(t0) < lane_limit;
-      copy_async16(shared.z + g * kTile + q * 16, xz_image + (x_source + y_stride + t0 * xz_stride), exists);
-      copy_async16(shared.y + g * kTile + q * 16, y_image + (y_source + t0 * y_stride), exists);
+  for (int left = kept(chunks), until = kept(meeting); left > 0; left--, until--) {
+    // ---- what the chunk needs of shared memory: then the next one may be copied there
+    Bits x[5];
+#pragma unroll
+    for (int i = 0; i < 5; i++) x[i] = *reinterpret_cast<const Bits*>(window + i * kTile);
+    float delta[kTiles][4];
+#pragma unroll
+    for (int i = 0; i < kTiles; i++) {
+      const float4 bias = channels->dt_bias[i];
+      delta[i][0] = bias.x, delta[i][1] = bias.y, delta[i][2] = bias.z, delta[i][3] = bias.w;
     }
-    // ---- delta, u, D u for channels 0..3 at scan positions 2q, 2q + 1
-    float scale[2] = {1.f, 1.f};
-    if (p.decay_scale) {
-      scale[0] = p.decay_scale[min(t_first, L - 1)];
-      scale[1] = p.decay_scale[min(t_second, L - 1)];
+#pragma unroll
+    for (int k = 0; k < kSteps; k++) {
+      const uint2 v = *reinterpret_cast<const uint2*>(dt_row + 32 * k);
+#pragma unroll
+      for (int i = 0; i < kTiles; i++) mma_k16<T>(delta[i], dt_weight[32 * (i * kSteps + k)], v);
     }
-    const char* rows = shared.rows[n & 1];
-    uint32_t u_delta[2][2];
-    float y[2][4];
     {
-      float delta[2][4], u[2][4];
-      const float4 bias = shared.bias[g];
-      float d0[4] = {bias.x, bias.x, bias.y, bias.y}, d1[4] = {bias.z, bias.z, bias.w, bias.w};
-#pragma unroll
-      for (int k = 0; k < kSteps; k++) {
-        const uint2 v = *reinterpret_cast<const uint2*>(rows + g * kRow + q * 8 + 32 * k);
-        mma_k16<T>(d0, shared.dt_weight[0][k][lane], v);
-        mma_k16<T>(d1, shared.dt_weight[1][k][lane], v);
+      const uint2 first = make_uint2(half_bits(b_first + 4 * kBytes, T()), half_bits(b_first, T()));
+      const uint2 second = make_uint2(half_bits(b_second + 4 * kBytes, T()) << 16, half_bits(b_second, T()) << 16);
+      *reinterpret_cast<uint2*>(b_target) = first;
+      *reinterpret_cast<uint2*>(b_target + 32) = second;
+      if constexpr (!Traits::kEndOnly) {
+        const uint32_t c0 = half_bits(c_row, T()), c4 = half_bits(c_row + 4 * kBytes, T());
+        const uint32_t c8 = half_bits(c_row + 8 * kBytes, T()), c12 = half_bits(c_row + 12 * kBytes, T());
+        *reinterpret_cast<uint2*>(&c_target->z) =
+            make_uint2(__byte_perm(c12, c4, 0x5410), __byte_perm(c8, c0, 0x5410));
       }
-#pragma unroll
-      for (int s = 0; s < 2; s++)
-        delta[s][0] = d0[s], delta[s][1] = d0[2 + s], delta[s][2] = d1[s], delta[s][3] = d1[2 + s];
+    }
+    __syncwarp();
+    stage();
+    if (!Traits::kEndOnly && until <= 0) {
+      if (until == 0) pair_barrier();
+      const bool exists = x_token < zy_limit;
+      copy_async16(zy_target, z_source, exists);
+      if (kTiles == 2) copy_async16(zy_target + 8 * kTile, y_source, exists);
+      z_source = moved(z_source, z_step);
+      if (kTiles == 2) y_source = moved(y_source, y_step);
+    }
 
-      const char* x1 = shared.x[current] + 2 * q * kTile + g * 8;  // positions 2q - 3 .. 2q + 1
-      const char* x0 = q < 1 ? shared.x[previous] + 6 * kTile + g * 8 : x1 - 2 * kTile;
-      const char* x3 = q < 2 ? shared.x[previous] + (2 * q + 5) * kTile + g * 8 : x1 - 3 * kTile;
-      const uint2 window[5] = {
-          *reinterpret_cast<const uint2*>(x3), *reinterpret_cast<const uint2*>(x0),
-          *reinterpret_cast<const uint2*>(x0 + kTile), *reinterpret_cast<const uint2*>(x1),
-          *reinterpret_cast<const uint2*>(x1 + kTile)};
-      const float4 conv_bias = shared.conv_bias[g];
-      float4 taps[4];
+    // ---- delta, u, D u for the lane's channels at scan positions 2q, 2q + 1
+    uint32_t u_delta[kTiles][2];
+    float y[kTiles][4];
+    {
+      float u[2][kOwn], taps[4][kOwn], conv_bias[kOwn], skip[kOwn];
 #pragma unroll
-      for (int j = 0; j < 4; j++) taps[j] = shared.taps[j][g];
-#pragma unroll
-      for (int s = 0; s < 2; s++)
-        u[s][0] = conv_bias.x, u[s][1] = conv_bias.y, u[s][2] = conv_bias.z, u[s][3] = conv_bias.w;
+      for (int j = 0; j < 4; j++) Mine::get(channels->taps[j], taps[j]);
+      Mine::get(channels->conv_bias, conv_bias);
 #pragma unroll
       for (int i = 0; i < 5; i++) {
-        const float4 v = unpack4<T>(window[i]);
+        float v[kOwn];
+        Mine::template unpack<T>(x[i], v);
 #pragma unroll
         for (int s = 0; s < 2; s++) {
           if (i - s < 0 || i - s > 3) continue;
-          const float4 w = taps[i - s];
-          u[s][0] = fmaf(w.x, v.x, u[s][0]);
-          u[s][1] = fmaf(w.y, v.y, u[s][1]);
-          u[s][2] = fmaf(w.z, v.z, u[s][2]);
-          u[s][3] = fmaf(w.w, v.w, u[s][3]);
+#pragma unroll
+          for (int k = 0; k < kOwn; k++) u[s][k] = fmaf(taps[i - s][k], v[k], i == s ? conv_bias[k] : u[s][k]);
         }
       }
-      const float4 skip = shared.skip[g];
 #pragma unroll
-      for (int s = 0; s < 2; s++) {
+      for (int i = 0; i < kTiles; i++)
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
-          u[s][k] = silu_of_half(u[s][k]);
-          delta[s][k] = softplus_fast(delta[s][k]);
+        for (int r = 0; r < 4; r++) delta[i][r] = softplus_fast(delta[i][r]);
+      Mine::get(channels->skip, skip);
+#pragma unroll
+      for (int i = 0; i < kTiles; i++) {
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+          const float v = silu_of_half(u[r & 1][2 * i + (r >> 1)]);
+          y[i][r] = v * skip[2 * i + (r >> 1)];
+          u[r & 1][2 * i + (r >> 1)] = v * delta[i][r];
         }
-        if ((s ? t_second : t_first) >= L)  // no token: the state stays as it is
-          delta[s][0] = delta[s][1] = delta[s][2] = delta[s][3] = 0.f;
-        y[s][0] = u[s][0] * skip.x, y[s][1] = u[s][1] * skip.y, y[s][2] = u[s][2] * skip.z, y[s][3] = u[s][3] * skip.w;
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-          u[s][k] *= delta[s][k];
-          delta[s][k] *= scale[s];
-        }
-        shared.delta[18 * q + 8 * s + g] = make_float4(delta[s][0], delta[s][1], delta[s][2], delta[s][3]);
-        shared.clamped[18 * q + 8 * s + g] = make_float4(fminf(delta[s][0], limit[0]), fminf(delta[s][1], limit[1]),
-                                                         fminf(delta[s][2], limit[2]), fminf(delta[s][3], limit[3]));
-      }
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
         u_delta[i][0] = Pair<__half>::pack(u[0][2 * i], u[1][2 * i]);
         u_delta[i][1] = Pair<__half>::pack(u[0][2 * i + 1], u[1][2 * i + 1]);
       }
+#pragma unroll 1
+      for (int n = 0; n < scalings; n++) {
+        const int first = x_token - first_limit + L, second = x_token - second_limit + L;
+        const float s0 = p.decay_scale[min(first, L - 1)], s1 = p.decay_scale[min(second, L - 1)];
+#pragma unroll
+        for (int i = 0; i < kTiles; i++) delta[i][0] *= s0, delta[i][1] *= s1, delta[i][2] *= s0, delta[i][3] *= s1;
+      }
+#pragma unroll
+      for (int s = 0; s < 2; s++) {
+        float v[kOwn];
+#pragma unroll
+        for (int k = 0; k < kOwn; k++) {
+          v[k] = fminf(delta[k >> 1][2 * (k & 1) + s], limit[k]);
+          if (Traits::kEndOnly) delta_sum[k] += delta[k >> 1][2 * (k & 1) + s];
+        }
+        delta_target[s] = Mine::make(v);
+      }
     }
-    uint32_t B[2][2];  // [token of the pair][n-tile], the other token's half zero
-    {
-      const char* r = rows + 2 * R + 2 * q * kRow + 4 * g;
-      const uint32_t v0 = to_half2(*reinterpret_cast<const uint32_t*>(r), T());
-      const uint32_t v1 = to_half2(*reinterpret_cast<const uint32_t*>(r + kRow), T());
-      B[0][0] = v0 & 0xffff, B[0][1] = v0 >> 16, B[1][0] = v1 << 16, B[1][1] = v1 & 0xffff0000;
-    }
-    const uint2 c = *reinterpret_cast<const uint2*>(rows + 2 * R + 32 + g * kRow + q * 8);
-    const uint32_t c01 = to_half2(c.x, T()), c23 = to_half2(c.y, T());
-    const uint32_t C0 = __byte_perm(c01, c23, 0x5410), C1 = __byte_perm(c01, c23, 0x7632);
     __syncwarp();
 
     if (polynomial)
-      walk_chunk<true, 4>(shared, g, q, a, h, u_delta, B, C0, C1, y);
+      walk_chunk<true, 8, Traits>(*channels, bc, a, h, u_delta, y);
     else
-      walk_chunk<false, 2>(shared, g, q, a, h, u_delta, B, C0, C1, y);
+      walk_chunk<false, 2, Traits>(*channels, bc, a, h, u_delta, y);
 
-    // ---- sum of the directions, gate, store
     copy_async_wait_all();
     __syncwarp();
-    if (n >= meeting) {
+    // ---- sum of the directions, gate, store
+    if (!Traits::kEndOnly) {
+      float out[2][kOwn];
 #pragma unroll
-      for (int s = 0; s < 2; s++) {
-        const float4 z = unpack4<T>(*reinterpret_cast<const uint2*>(shared.z + (2 * q + s) * kTile + g * 8));
-        const float4 o = unpack4<T>(*reinterpret_cast<const uint2*>(shared.y + (2 * q + s) * kTile + g * 8));
-        y[s][0] = (y[s][0] + o.x) * silu_of_half(.5f * z.x);
-        y[s][1] = (y[s][1] + o.y) * silu_of_half(.5f * z.y);
-        y[s][2] = (y[s][2] + o.z) * silu_of_half(.5f * z.z);
-        y[s][3] = (y[s][3] + o.w) * silu_of_half(.5f * z.w);
+      for (int s = 0; s < 2; s++)
+#pragma unroll
+        for (int k = 0; k < kOwn; k++) out[s][k] = y[k >> 1][2 * (k & 1) + s];
+      if (until <= 0) {
+#pragma unroll
+        for (int s = 0; s < 2; s++) {
+          const char* place = window + kZ + s * kTile;
+          float z[kOwn], other[kOwn];
+          Mine::template unpack<T>(*reinterpret_cast<const Bits*>(place), z);
+          Mine::template unpack<T>(*reinterpret_cast<const Bits*>(place + 8 * kTile), other);
+#pragma unroll
+          for (int k = 0; k < kOwn; k++) out[s][k] = (out[s][k] + other[k]) * silu_of_half(.5f * z[k]);
+        }
+      }
+      if (cls < 0) {
+        if (x_token < first_limit) *out_target = Mine::template pack<T>(out[0]);
+        if (x_token < second_limit) *moved(out_target, out_second) = Mine::template pack<T>(out[1]);
+        out_target = moved(out_target, out_step);
+      } else {
+        if (x_token - first_limit + L == cls) meet[dir][g] = Mine::make(out[0]);
+        if (x_token - second_limit + L == cls) meet[dir][g] = Mine::make(out[1]);
       }
     }
-    if (cls < 0) {
-      const unsigned out = y_target + t0 * y_stride, out_second = dir ? out - y_stride : out + y_stride;
-      if (t_first < L) *reinterpret_cast<uint2*>(y_image + out) = pack4<T>(y[0][0], y[0][1], y[0][2], y[0][3]);
-      if (t_second < L) *reinterpret_cast<uint2*>(y_image + out_second) = pack4<T>(y[1][0], y[1][1], y[1][2], y[1][3]);
-    } else {
-      if (t_first == cls) meet[dir][g] = make_float4(y[0][0], y[0][1], y[0][2], y[0][3]);
-      if (t_second == cls) meet[dir][g] = make_float4(y[1][0], y[1][1], y[1][2], y[1][3]);
+  }
+
+  if (Traits::kEndOnly) {
+    float4* ends = piece_end(piece);
+#pragma unroll
+    for (int i = 0; i < kTiles; i++)
+#pragma unroll
+      for (int j = 0; j < 2; j++) ends[32 * (2 * i + j)] = make_float4(h[i][j][0], h[i][j][1], h[i][j][2], h[i][j][3]);
+#pragma unroll
+    for (int k = 0; k < kOwn; k++) {
+      delta_sum[k] += __shfl_xor_sync(~0u, delta_sum[k], 1);
+      delta_sum[k] += __shfl_xor_sync(~0u, delta_sum[k], 2);
     }
-    previous = current, current = next;
+    if (q == 0) *piece_sum(piece) = Mine::make(delta_sum);
+    return;
   }
   if (meeting >= chunks) pair_barrier();
   if (cls >= 0 && dir == 0 && q == 0) {
-    const T* z_row = static_cast<const T*>(p.xz) + (static_cast<int64_t>(b) * L + cls) * 2 * E + E + lane_channel;
-    const float4 z = load4(z_row), f = meet[0][g], w = meet[1][g];
-    store4(reinterpret_cast<T*>(y_image) + lane_channel,
-           make_float4((f.x + w.x) * silu_of_half(.5f * z.x), (f.y + w.y) * silu_of_half(.5f * z.y),
-                       (f.z + w.z) * silu_of_half(.5f * z.z), (f.w + w.w) * silu_of_half(.5f * z.w)));
+    float forward[kOwn], backward[kOwn], z[kOwn];
+    Mine::get(meet[0][g], forward);
+    Mine::get(meet[1][g], backward);
+    Mine::template unpack<T>(reinterpret_cast<const Bits*>(xz_image + (2 * static_cast<int64_t>(cls) + 1) * E16)[g], z);
+#pragma unroll
+    for (int k = 0; k < kOwn; k++) forward[k] = (forward[k] + backward[k]) * silu_of_half(.5f * z[k]);
+    reinterpret_cast<Bits*>(y_image)[g] = Mine::template pack<T>(forward);
   }
 }
 
-template <typename T, int kSteps>
-cudaError_t launch(const MambaScanParams& p, cudaStream_t stream) {
-  using Traits = WalkTraits<T, kSteps>;
-  const int64_t blocks = static_cast<int64_t>(p.batch) * (p.d_inner / Traits::kChannels);
-  const int64_t image_bytes = static_cast<int64_t>(p.seqlen + 8) * 2 * p.d_inner * sizeof(T);
-  if (blocks > INT_MAX || image_bytes > UINT32_MAX || p.row > Traits::kMaxRow) return cudaErrorInvalidValue;
-  walk_kernel<Traits><<<static_cast<unsigned>(blocks), Traits::kThreads, 0, stream>>>(p);
+// ---- how to cut the work ----------------------------------------------------------------------------------------
+
+constexpr int kLongSeqlen = 208;      // two passes only beyond
+constexpr int kMaxPieces = 64;        // a piece's walk begins by adding up all before it
+constexpr int kMaxPieceBlocks = 1536; // eight a multiprocessor on the largest cards; bounds the workspace
+constexpr int kPieceBlockBytes = 2 * 16 * (16 + 1) * static_cast<int>(sizeof(float));  // of a block's two warps
+
+// Cycles that a token takes w warps of one scheduler: alone, or base + w each. Fitted to an H100's times.
+struct WalkCost {
+  double alone, base, each;
+};
+constexpr WalkCost kWide = {255, 10, 190}, kNarrow = {160, 40, 100}, kNarrowEnd = {130, 30, 80};
+constexpr double kPassCycles = 5000, kChainCycles = 120;  // start, prologue and end of a pass; one piece added up
+
+// The multiprocessor with the most blocks, and on it the scheduler with the most warps, is the last to end.
+double walk_cycles(WalkCost cost, int64_t blocks, int tokens, int processors) {
+  const int64_t blocks_there = (blocks + processors - 1) / processors, warps = (blocks_there + 1) / 2;
+  return kPassCycles + tokens * std::max(cost.alone, cost.base + static_cast<double>(warps) * cost.each);
+}
+
+struct WalkPlan {
+  int tiles;          // m-tiles of a warp
+  int count, chunks;  // pieces, chunks of one
+  double cycles;      // predicted
+};
+
+WalkPlan plan_one_pass(const MambaScanParams& p, int processors) {
+  const int tokens = p.cls_index < 0 ? p.seqlen : std::max(p.cls_index + 1, p.seqlen - p.cls_index);
+  const int64_t narrow = static_cast<int64_t>(p.batch) * (p.d_inner / 16);
+  WalkPlan plan = {1, 1, (p.seqlen + 7) / 8, walk_cycles(kNarrow, narrow, tokens, processors)};
+  if (p.d_inner % 32 == 0) {
+    const double wide = walk_cycles(kWide, narrow / 2, tokens, processors);
+    if (wide < plan.cycles) plan.tiles = 2, plan.cycles = wide;
+  }
+  return plan;
+}
+
+WalkPlan plan_two_passes(const MambaScanParams& p, int processors) {
+  const int chunks = (p.seqlen + 7) / 8;
+  const int64_t blocks = static_cast<int64_t>(p.batch) * (p.d_inner / 16);
+  WalkPlan best = {1, 1, chunks, DBL_MAX};
+  for (int pieces = 2; pieces <= std::min(kMaxPieces, chunks / 2) && blocks * pieces <= kMaxPieceBlocks; pieces++) {
+    const int length = (chunks + pieces - 1) / pieces, count = (chunks + length - 1) / length;
+    int64_t ends = blocks * (count - 1), walks = blocks * count;
+    if (p.cls_index >= 0) {
+      const int piece = p.cls_index / 8 / length;
+      ends = blocks * std::max(piece, count - 1 - piece), walks = blocks;
+    }
+    const double cycles = walk_cycles(kNarrowEnd, ends, 8 * length, processors) +
+                          walk_cycles(kNarrow, walks, 8 * length, processors) + kChainCycles * count;
+    if (cycles < best.cycles) best = {1, count, length, cycles};
+  }
+  return best;
+}
+
+// A grid that does not fill the card must find it empty: started early, its blocks pile up on the multiprocessors that the
+// kernel before has left, and the fullest one is the last to end.
+constexpr int64_t kEarlyBlocks = 2048;
+
+template <auto kKernel>
+cudaError_t launch_walk(int64_t blocks, cudaStream_t stream, const MambaScanParams& p, const Pieces& pieces) {
+  if (blocks > INT_MAX) return cudaErrorInvalidValue;
+  const dim3 grid(static_cast<unsigned>(blocks));
+  if (blocks >= kEarlyBlocks) return launch_dependent<kKernel>(grid, 64, 0, stream, p, pieces);
+  kKernel<<<grid, 64, 0, stream>>>(p, pieces);
   return cudaGetLastError();
 }
 
+template <typename T, int kSteps>
+cudaError_t launch(const MambaScanParams& p, const WalkPlan& plan, cudaStream_t stream) {
+  if (p.row > WalkTraits<T, kSteps, 1, false>::kMaxRow) return cudaErrorInvalidValue;
+  const int64_t tiles = static_cast<int64_t>(p.batch) * (p.d_inner / (16 * plan.tiles));
+  Pieces pieces = {plan.count, plan.chunks, nullptr, nullptr};
+  int64_t blocks = tiles * plan.count;
+  if (plan.count > 1) {
+    if (!p.workspace) return cudaErrorInvalidValue;
+    pieces.ends = static_cast<float*>(p.workspace);
+    pieces.sums = pieces.ends + 2 * static_cast<int64_t>(p.batch) * plan.count * p.d_inner * 16;
+    int64_t ends = tiles * (plan.count - 1);
+    if (p.cls_index >= 0) {
+      const int piece = p.cls_index / 8 / plan.chunks;
+      ends = tiles * std::max(piece, plan.count - 1 - piece), blocks = tiles;
+    }
+    const cudaError_t status = launch_walk<walk_kernel<WalkTraits<T, kSteps, 1, true>>>(ends, stream, p, pieces);
+    if (status != cudaSuccess) return status;
+  }
+  blocks += static_cast<int64_t>(p.batch) * merge_groups(p);
+  return plan.tiles == 2 ? launch_walk<walk_kernel<WalkTraits<T, kSteps, 2, false>>>(blocks, stream, p, pieces)
+                         : launch_walk<walk_kernel<WalkTraits<T, kSteps, 1, false>>>(blocks, stream, p, pieces);
+}
+
 template <typename T>
-cudaError_t dispatch(const MambaScanParams& p, cudaStream_t stream) {
+cudaError_t dispatch(const MambaScanParams& p, const WalkPlan& plan, cudaStream_t stream) {
   switch ((p.dt_rank + 15) / 16) {
-    case 1: return launch<T, 1>(p, stream);
-    case 2: return launch<T, 2>(p, stream);
-    case 3: return launch<T, 3>(p, stream);
-    case 4: return launch<T, 4>(p, stream);
+    case 1: return launch<T, 1>(p, plan, stream);
+    case 2: return launch<T, 2>(p, plan, stream);
+    case 3: return launch<T, 3>(p, plan, stream);
+    case 4: return launch<T, 4>(p, plan, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -378,14 +658,35 @@ cudaError_t dispatch(const MambaScanParams& p, cudaStream_t stream) {
 
 bool mamba_scan_walk_supported(int32_t d_inner, int32_t d_state, int32_t dt_rank, int32_t row, DataType type) {
   const int32_t max_row = dt_rank <= 32 ? 64 : dt_rank <= 48 ? 80 : 96;
-  return type != DataType::kFloat32 && d_state == 16 && d_inner % 32 == 0 && dt_rank % 4 == 0 && dt_rank <= 64 &&
+  return type != DataType::kFloat32 && d_state == 16 && d_inner % 16 == 0 && dt_rank % 4 == 0 && dt_rank <= 64 &&
          row <= max_row;
 }
 
-cudaError_t mamba_scan_walk(const MambaScanParams& p, cudaStream_t stream) {
+bool mamba_scan_walk_two_pass_supported(int32_t seqlen, int32_t d_inner, int32_t d_state, int32_t dt_rank, int32_t row,
+                                        DataType type) {
+  return seqlen > kLongSeqlen && mamba_scan_walk_supported(d_inner, d_state, dt_rank, row, type);
+}
+
+size_t mamba_scan_walk_workspace_bytes(int64_t batch, int64_t seqlen, int64_t d_inner) {
+  if (seqlen <= kLongSeqlen) return 0;
+  // not the plan's own need: this one grows with the batch, so that a profile's largest batch is enough for all
+  const int64_t pieces = std::min<int64_t>(kMaxPieces, (seqlen + 7) / 8 / 2);
+  return static_cast<size_t>(std::min<int64_t>(kMaxPieceBlocks, batch * (d_inner / 16) * pieces)) * kPieceBlockBytes;
+}
+
+double mamba_scan_walk_cycles(const MambaScanParams& p, int32_t processors, bool two_pass) {
+  return (two_pass ? plan_two_passes(p, processors) : plan_one_pass(p, processors)).cycles;
+}
+
+cudaError_t mamba_scan_walk(const MambaScanParams& p, int32_t processors, bool two_pass, cudaStream_t stream) {
+  WalkPlan plan = plan_one_pass(p, processors);
+  if (two_pass) {
+    const WalkPlan two = plan_two_passes(p, processors);
+    if (two.count > 1) plan = two;  // else the batch alone is more than the workspace was made for
+  }
   switch (p.type) {
-    case DataType::kFloat16: return dispatch<__half>(p, stream);
-    case DataType::kBFloat16: return dispatch<__nv_bfloat16>(p, stream);
+    case DataType::kFloat16: return dispatch<__half>(p, plan, stream);
+    case DataType::kBFloat16: return dispatch<__nv_bfloat16>(p, plan, stream);
     case DataType::kFloat32: break;
   }
   return cudaErrorInvalidValue;

@@ -6,25 +6,25 @@
 namespace stm {
 namespace {
 
-constexpr int kThreads = 1024;  // one channel a thread up to ViM-S: the latency of a block is what shows at batch 1
+constexpr int kThreads = 512;
 
 template <typename T>
 __global__ __launch_bounds__(kThreads) void merge_weights_kernel(const __grid_constant__ MambaScanParams p) {
   __shared__ MergeWeightShared shared;
   wait_for_previous();
   let_next_start();
-  merge_weight<T, kThreads>(p, blockIdx.x, blockIdx.y, shared);
+  merge_weights_of_group<T, kThreads, false>(p, blockIdx.x, blockIdx.y, shared);
 }
 
 template <typename T>
 cudaError_t launch(const MambaScanParams& p, cudaStream_t stream) {
-  return launch_dependent<merge_weights_kernel<T>>(dim3(p.nb_pairs, p.batch), kThreads, 0, stream, p);
+  return launch_dependent<merge_weights_kernel<T>>(dim3(merge_groups(p), p.batch), kThreads, 0, stream, p);
 }
 
 }  // namespace
 
 cudaError_t merge_weights(const MambaScanParams& p, cudaStream_t stream) {
-  if (p.weight_mode == WeightMode::kNone || p.nb_pairs == 0) return cudaSuccess;
+  if (merge_groups(p) == 0) return cudaSuccess;
   switch (p.type) {
     case DataType::kFloat32: return launch<float>(p, stream);
     case DataType::kFloat16: return launch<__half>(p, stream);

@@ -12,7 +12,7 @@ import stm
 from stm.data import CLASS_NAMES, NUM_CLASSES, SPLITS, VARIANTS, DigitPairs, Scene
 from stm.data.digit_pairs import LARGE, SMALL, SOURCES, TEST_FORMS
 
-COUNT = 40
+COUNT = 24
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +27,9 @@ def both(scenes: dict[tuple[str, str], Scene], variant: str) -> tuple[Tensor, Te
 def test_an_index_gives_the_same_image_in_any_batch(scenes: dict[tuple[str, str], Scene]) -> None:
     for (split, variant), scene in scenes.items():
         again = DigitPairs(split, variant)
-        images, labels = again.batch(torch.tensor([31, 7]))
-        assert torch.equal(images, scene.images[[31, 7]])
-        assert torch.equal(labels, scene.labels[[31, 7]])
+        images, labels = again.batch(torch.tensor([21, 7]))
+        assert torch.equal(images, scene.images[[21, 7]])
+        assert torch.equal(labels, scene.labels[[21, 7]])
         far = again.batch(torch.tensor([10**12]))[0]
         assert torch.equal(far, again.batch(torch.tensor([10**12, 3]))[0][:1])
 
@@ -102,8 +102,9 @@ def test_digits_lie_inside_and_apart(scenes: dict[tuple[str, str], Scene]) -> No
         border = torch.ones(224, 224, dtype=torch.bool)
         border[1:-1, 1:-1] = False
         assert not (ink & border).any()
-        assert (scene.sizes[:, 0] >= LARGE[0]).all()
+        assert (scene.sizes[:, 0] <= LARGE[1]).all()
         assert (scene.sizes[:, 1] <= SMALL[1]).all()
+        assert (scene.sizes[:, 1] >= 0.8 * SMALL[0]).all()  # wide pairs are made smaller
         middle = (scene.centres[..., 1] - 112).abs()
         assert (middle.max() < 60) == (variant == "centred")
 
@@ -155,4 +156,4 @@ def test_unknown_split_variant_and_margin_are_errors() -> None:
 
 
 KNOWN_LABELS = [83, 20, 57, 94]
-KNOWN_MEANS = [102.474, 162.013, 124.808, 177.525]
+KNOWN_MEANS = [103.386, 159.986, 124.582, 177.332]

@@ -21,6 +21,7 @@
 
 #include "../add_merge_norm.h"
 #include "../conv_xproj.h"
+#include "../conv_xproj_impl.h"
 #include "../mamba_scan.h"
 #include "../patch_rows.h"
 
@@ -346,6 +347,13 @@ double delta_reference(const Layer& w, const Case& c, int dir, int b, int e, int
 
 // ---- conv_xproj -------------------------------------------------------------------------------------------------
 
+const char* name_of(ConvXProjShape shape) {
+  const char* names[] = {"few",     "few, cluster 2", "few, cluster 4", "few, cluster 8",
+                         "split 8", "split 4",        "split 2",        "many"};
+  static_assert(sizeof names / sizeof *names == kConvXProjShapes);
+  return names[static_cast<int>(shape)];
+}
+
 void test_conv(const Case& c, DataType T) {
   const int64_t B = c.batch, L = c.seqlen, E = c.d_inner, P = c.row();
   const Layer w(c, T);
@@ -364,18 +372,34 @@ void test_conv(const Case& c, DataType T) {
       workspace(conv_xproj_workspace_bytes(B, L, E, P, T));
   int32_t tactics[8];
   const int32_t count = conv_xproj_tactics(c.seqlen, c.d_inner, c.row(), T, tactics, 8);
+  // fp16: u and the result are rounded, 2e-4 each, by the shapes for many tokens the taps as well; bf16 eight times as
+  // coarse
+  const double bound = T == DataType::kFloat32 ? 3e-6 : T == DataType::kFloat16 ? 6e-4 : 5e-3;
+  ConvXProjParams p{};
+  p.batch = c.batch, p.seqlen = c.seqlen, p.d_inner = c.d_inner, p.row = c.row(), p.type = T;
+  p.xz = xz.data, p.conv_weight = conv_weight.as<float>(), p.conv_bias = conv_bias.as<float>();
+  p.x_proj_weight = x_proj_weight.data, p.x_dbl = x_dbl.data, p.workspace = workspace.data;
   for (int i = 0; i < count; i++) {
     const auto tactic = static_cast<ConvXProjTactic>(tactics[i]);
-    ConvXProjParams p{};
-    p.batch = c.batch, p.seqlen = c.seqlen, p.d_inner = c.d_inner, p.row = c.row(), p.type = T;
-    p.xz = xz.data, p.conv_weight = conv_weight.as<float>(), p.conv_bias = conv_bias.as<float>();
-    p.x_proj_weight = x_proj_weight.data, p.x_dbl = x_dbl.data, p.workspace = workspace.data;
     std::vector<Values> got;
     const std::string trouble = run_twice([&](cudaStream_t s) { return conv_xproj(p, tactic, s); },
                                           {{&x_dbl, T}, {&workspace, T}}, got);
-    // fp16: u and the result are rounded, 2e-4 each; bf16 eight times as coarse
-    const double bound = T == DataType::kFloat32 ? 3e-6 : T == DataType::kFloat16 ? 6e-4 : 5e-3;
     report(std::string("conv_xproj ") + (tactics[i] == 1 ? "simple " : "tensor core ") + name_of(T), c.text(),
+           got.empty() ? NAN : relative_error(got[0], want), bound, trouble);
+  }
+  if (!conv_xproj_tensor_core_supported(c.d_inner, c.row(), T)) return;
+  int major = 0;
+  CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+  const bool every = major >= 9 && major != 12 && c.d_inner >= 256 && c.d_inner <= 1536;
+  for (int i = 0; i < kConvXProjShapes; i++) {
+    const auto shape = static_cast<ConvXProjShape>(i);
+    const cudaError_t status = conv_xproj_tensor_core(p, shape, nullptr);
+    CHECK_CUDA(cudaDeviceSynchronize());
+    if (status == cudaErrorInvalidConfiguration && !every) continue;
+    std::vector<Values> got;
+    const std::string trouble =
+        run_twice([&](cudaStream_t s) { return conv_xproj_tensor_core(p, shape, s); }, {{&x_dbl, T}}, got);
+    report(std::string("conv_xproj ") + name_of(shape) + " " + name_of(T), c.text(),
            got.empty() ? NAN : relative_error(got[0], want), bound, trouble);
   }
 }
@@ -662,7 +686,8 @@ void test_refusals() {
   scan.batch = 1, scan.seqlen = 8, scan.d_inner = 64, scan.d_state = 17, scan.dt_rank = 12, scan.row = 48;
   scan.cls_index = -1, scan.type = DataType::kFloat16;
   expect("walk mma, d_state 17", mamba_scan(scan, MambaScanTactic::kWalkMma, nullptr));
-  expect("reserved tactic", mamba_scan(scan, MambaScanTactic::kWalkMmaTwoPass, nullptr));
+  scan.d_state = 16;
+  expect("two passes over 8 tokens", mamba_scan(scan, MambaScanTactic::kWalkMmaTwoPass, nullptr));
   scan.d_state = 65, scan.row = 144;
   expect("d_state 65", mamba_scan(scan, MambaScanTactic::kSimple, nullptr));
   scan.d_state = 16, scan.row = 40;
@@ -708,6 +733,7 @@ std::vector<Case> scan_cases() {
     cases.push_back(with([](Case& c) { c.batch = 2, c.seqlen = 9, c.d_inner = 33, c.d_state = 17, c.dt_rank = 3; }));
     cases.push_back(with([](Case& c) { c.batch = 2, c.seqlen = 19, c.d_inner = 64, c.cls = 9; }));
     cases.push_back(with([](Case& c) { c.batch = 1, c.seqlen = 230, c.d_inner = 32, c.mode = 2, c.pairs = 1; }));
+    cases.push_back(with([](Case& c) { c.batch = 64, c.seqlen = 9, c.d_inner = 384; }));  // 32 channels a warp
     return cases;
   }
   for (int L : {1, 2, 3, 7, 8, 9, 16, 17, 63, 64, 65, 127, 128, 129, 197, 208, 209, 577})
@@ -715,7 +741,7 @@ std::vector<Case> scan_cases() {
   cases.push_back(with([](Case& c) { c.seqlen = 1025, c.d_inner = 64, c.batch = 1; }));
   cases.push_back(with([](Case& c) { c.seqlen = 4097, c.d_inner = 32, c.batch = 1; }));
   cases.push_back(with([](Case& c) { c.seqlen = 4097, c.d_inner = 32, c.batch = 1, c.level = Level::kHard; }));
-  for (int E : {32, 33, 96, 384, 768}) cases.push_back(with([&](Case& c) { c.d_inner = E, c.seqlen = 65; }));
+  for (int E : {16, 32, 33, 48, 96, 384, 768}) cases.push_back(with([&](Case& c) { c.d_inner = E, c.seqlen = 65; }));
   for (int N : {1, 4, 16, 17, 33, 64}) cases.push_back(with([&](Case& c) { c.d_state = N, c.seqlen = 65; }));
   for (int R : {1, 3, 4, 8, 12, 16, 20, 24, 32, 48, 64})
     cases.push_back(with([&](Case& c) { c.dt_rank = R, c.seqlen = 65; }));
@@ -738,6 +764,38 @@ std::vector<Case> scan_cases() {
   }
   for (const Model& m : kModels)
     cases.push_back(with([&](Case& c) { c.d_inner = m.d_inner, c.dt_rank = m.dt_rank, c.mode = 1; }));
+  // Segments with 6 (one image) and 12 channels a block (two), as chosen for 132 multiprocessors
+  for (int B : {1, 2}) {
+    auto wide = [&](auto edit) {
+      cases.push_back(with([&](Case& c) { c.batch = B, c.d_inner = 768, c.seqlen = 65, edit(c); }));
+    };
+    for (int L : {1, 79, 80, 81, 104, 105, 150, 200, 201, 208}) wide([&](Case& c) { c.seqlen = L; });
+    for (int R : {4, 32, 36, 64}) wide([&](Case& c) { c.dt_rank = R; });
+    for (int cls : {0, 98, 196}) wide([&](Case& c) { c.cls = cls, c.seqlen = 197; });
+    wide([&](Case& c) { c.d_inner = 772, c.scaled = true; });
+    for (Level level : {Level::kHard, Level::kExtreme}) wide([&](Case& c) { c.level = level, c.seqlen = 197; });
+  }
+  // The walk in two passes: pieces of every length, a class token in many of them
+  for (int L : {210, 215, 216, 223, 401, 788, 1031})
+    cases.push_back(with([&](Case& c) { c.seqlen = L, c.d_inner = 48; }));
+  for (int E : {16, 384, 768}) cases.push_back(with([&](Case& c) { c.seqlen = 333, c.d_inner = E, c.batch = 3; }));
+  for (int R : {4, 36, 64}) cases.push_back(with([&](Case& c) { c.seqlen = 250, c.d_inner = 32, c.dt_rank = R; }));
+  for (int cls : {7, 8, 16, 100, 287, 288, 560, 575})
+    cases.push_back(with([&](Case& c) { c.cls = cls, c.seqlen = 577, c.scaled = cls == 288; }));
+  for (Level level : {Level::kHard, Level::kExtreme})
+    cases.push_back(with([&](Case& c) { c.level = level, c.mode = 1, c.pairs = 1, c.scaled = true, c.seqlen = 577; }));
+  // The walk with 32 channels a warp: only where there are many (24,576)
+  auto many = [&](auto edit) {
+    Case c;
+    c.batch = 32, c.d_inner = 768, c.dt_rank = 24, c.seqlen = 17;
+    edit(c);
+    cases.push_back(c);
+  };
+  for (int L : {1, 2, 7, 8, 9, 40, 63, 197, 230}) many([&](Case& c) { c.seqlen = L; });
+  for (int R : {4, 36, 64}) many([&](Case& c) { c.dt_rank = R; });
+  for (int cls : {0, 8, 16}) many([&](Case& c) { c.cls = cls; });
+  for (int pairs : {0, 1}) many([&](Case& c) { c.mode = 1, c.pairs = pairs, c.scaled = true; });
+  for (Level level : {Level::kHard, Level::kExtreme}) many([&](Case& c) { c.level = level, c.seqlen = 33; });
   return cases;
 }
 
@@ -754,7 +812,10 @@ std::vector<Case> conv_cases() {
   cases.push_back(with([](Case& c) { c.seqlen = 4097, c.d_inner = 32, c.batch = 1; }));
   for (int L : {1, 2, 3, 5, 6, 7, 197})  // enough tokens for the large-batch kernel
     cases.push_back(with([&](Case& c) { c.seqlen = L, c.batch = 20000 / L, c.d_inner = 64; }));
-  for (int E : {32, 33, 64, 96, 160, 384, 768}) cases.push_back(with([&](Case& c) { c.d_inner = E, c.seqlen = 65; }));
+  for (int L : {6, 11, 12, 13, 47, 48, 49})  // groups of 6, images that end in the middle of a tile
+    cases.push_back(with([&](Case& c) { c.seqlen = L, c.batch = 9, c.d_inner = 64; }));
+  for (int E : {32, 33, 64, 96, 160, 288, 384, 768, 1056})
+    cases.push_back(with([&](Case& c) { c.d_inner = E, c.seqlen = 65; }));
   for (int R : {1, 3, 12, 24, 48, 64}) {
     cases.push_back(with([&](Case& c) { c.dt_rank = R, c.seqlen = 65; }));
     cases.push_back(with([&](Case& c) { c.dt_rank = R, c.batch = 102; }));
@@ -816,7 +877,7 @@ std::vector<PatchCase> patch_cases() {
     });
   };
   for (int cls : {-1, 0, 6, 12}) add([&](PatchCase& c) { c.cls = cls; });
-  for (int cls : {-1, 0, 15}) add([&](PatchCase& c) { c.cls = cls, c.patch = 14, c.stride = 13; });
+  for (int cls : {-1, 0, 12}) add([&](PatchCase& c) { c.cls = cls, c.patch = 14, c.stride = 13; });
   add([](PatchCase& c) { c.offset = 1; });
   sides(50, 68, 16, 16);  // pixels left over, vectors still fit
   sides(50, 67, 16, 16);
@@ -939,7 +1000,7 @@ void time_layer(const char* model, int E, int R, int batch, int L, DataType T) {
   w.xz = repeat(w.xz, tokens * 2 * E), w.x_dbl = repeat(w.x_dbl, 2 * tokens * P);
   const double size = static_cast<double>(size_of(T)), mufu = 4.15e6, bytes = 3.0e6;  // a microsecond
   const double elements = static_cast<double>(tokens) * E;
-  const double conv_floor = std::max(elements * 4 / mufu, (elements * size + 2. * tokens * P * size) / bytes);
+  const double conv_floor = std::max(elements * 2 / mufu, (elements * size + 2. * tokens * P * size) / bytes);
   const double scan_floor = std::max(elements * 42 / mufu, (elements * 3 * size + 2. * tokens * P * size) / bytes);
   const double norm_floor = static_cast<double>(tokens) * d * (8 + 2 * size) / bytes;
   auto line = [&](const char* op, const char* tactic, double us, double floor) {
@@ -963,6 +1024,12 @@ void time_layer(const char* model, int E, int R, int batch, int L, DataType T) {
       const auto tactic = static_cast<ConvXProjTactic>(tactics[i]);
       line("conv_xproj", tactics[i] == 1 ? "simple" : "tensor core",
            time_us([&](cudaStream_t s) { return conv_xproj(p, tactic, s); }), conv_floor);
+    }
+    for (int i = 0; i < kConvXProjShapes && T != DataType::kFloat32; i++) {
+      const auto shape = static_cast<ConvXProjShape>(i);
+      if (conv_xproj_tensor_core(p, shape, nullptr) != cudaSuccess) continue;
+      line("conv_xproj", (std::string(name_of(shape)) + (shape == conv_xproj_shape(p) ? " (chosen)" : "")).c_str(),
+           time_us([&](cudaStream_t s) { return conv_xproj_tensor_core(p, shape, s); }), conv_floor);
     }
   }
   if (wanted("scan")) {
@@ -1029,9 +1096,12 @@ void time_all() {
   if (options.only == "patch") return;
   for (const Model& m : kModels)
     for (int batch : {1, 8, 64, 128}) time_layer(m.name, m.d_inner, m.dt_rank, batch, 197, DataType::kFloat16);
-  time_layer("S", 768, 24, 1, 577, DataType::kFloat16);
-  time_layer("S", 768, 24, 1, 4097, DataType::kFloat16);
-  time_layer("S", 768, 24, 16, 4097, DataType::kFloat16);
+  for (int batch : {2, 4, 16, 32}) time_layer("S", 768, 24, batch, 197, DataType::kFloat16);
+  if (options.only == "conv")
+    for (const Model& m : {kModels[0], kModels[2]})
+      for (int batch : {2, 4, 16, 32}) time_layer(m.name, m.d_inner, m.dt_rank, batch, 197, DataType::kFloat16);
+  for (int L : {577, 788, 4097}) time_layer("S", 768, 24, 1, L, DataType::kFloat16);
+  for (int L : {1025, 4097}) time_layer("S", 768, 24, 16, L, DataType::kFloat16);
   for (DataType T : {DataType::kFloat32, DataType::kBFloat16}) time_layer("S", 768, 24, 128, 197, T);
 }
 

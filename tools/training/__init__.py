@@ -1,0 +1,1 @@
+"""Training of our own ViM weights; not part of the package (docs/training.md)."""
