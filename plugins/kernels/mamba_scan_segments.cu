@@ -436,12 +436,21 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
       total *= d;
     }
   }
+  constexpr int kAhead = Traits::kBlocksPerSM == 1 ? 8 : 4;  // loads before a store, which the compiler lets no load pass
 #pragma unroll
-  for (int s = 0; s < 8; s++) {
-    const float d = carry.decay[channel][s * kStates + n];
-    carry.incoming[s][channel][n] = __float2half_rn(state);
-    state = fmaf(d, state, carry.end[channel][s * kStates + n]);
-    total *= d;
+  for (int first = 0; first < 8; first += kAhead) {
+    float ends[kAhead], decays[kAhead];
+#pragma unroll
+    for (int s = 0; s < kAhead; s++) {
+      ends[s] = carry.end[channel][(first + s) * kStates + n];
+      decays[s] = carry.decay[channel][(first + s) * kStates + n];
+    }
+#pragma unroll
+    for (int s = 0; s < kAhead; s++) {
+      carry.incoming[first + s][channel][n] = __float2half_rn(state);
+      state = fmaf(decays[s], state, ends[s]);
+      total *= decays[s];
+    }
   }
   if (cut.end_only) {
     if (group == kGroups - 1 && state_channel < E) *part_state(part) = make_float2(state, total);

@@ -141,8 +141,7 @@ __device__ __noinline__ void merge_weights_of_group(const MambaScanParams& p, in
           dt_proj_channels(weight, dt, offset, R, delta);
 #pragma unroll
           for (int k = 0; k < kTokens; k++) {
-            if (d0 + k > farthest) break;
-            const float scale = p.decay_scale ? p.decay_scale[target + outward * (d0 + k)] : 1.f;
+            const float scale = p.decay_scale ? p.decay_scale[target + outward * min(d0 + k, farthest)] : 1.f;
 #pragma unroll
             for (int c = 0; c < kChannels; c++) {
               delta[c][k] = softplus_exact(delta[c][k]);
