@@ -28,9 +28,9 @@ struct SegmentsTraits {
   // h of every token too, so that C h is taken once; else once before and once after the incoming state is known.
   static constexpr bool kKeepStates = kTokens <= 13 && kBlocksPerSM == 1;
   static constexpr int kWarps = 2 * kPairs * kGroups, kThreads = 32 * kWarps;
-  static constexpr int kTiles = (kChannels + 3) / 4;      // of dt_proj: 8 columns (direction, channel)
-  static constexpr int kTileDirs = kPairs == 3 ? 1 : 2;   // directions in a tile, at most
-  static constexpr int kPiece = kChannels % 4 == 0 ? 4 : 2;  // channels of x, z or y that a thread takes
+  static constexpr int kTiles = (kChannels + 3) / 4;               // of dt_proj: 8 columns (direction, channel)
+  static constexpr int kTileDirs = kPairs == 3 ? 1 : 2;            // directions in a tile, at most
+  static constexpr int kPiece = kChannels % 4 == 0 ? 4 : 2;        // channels of x, z or y that a thread takes
   static constexpr int kPieceLanes = kChannels == kPiece ? 1 : 4;  // of a token; the last of four idles
 };
 
@@ -73,19 +73,20 @@ struct SegmentsShared {
 // 4 or 8 bytes to a shared address, through L1; zeros if not `valid`.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(uint32_t dst, const void* src, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(dst), "l"(src), "n"(kBytes), "r"(valid ? kBytes : 0)
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(dst), "l"(src), "n"(kBytes),
+               "r"(valid ? kBytes : 0)
                : "memory");
 }
 // The two warps that share a pair of channels and a direction.
 __device__ __forceinline__ void group_barrier(int id) { asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory"); }
 
-// In this place among the copies: the compiler would move plain loads behind them.
-__device__ __forceinline__ uint2 load_now8(const char* p) {
+// From global memory, which the compiler cannot tell of a pinned pointer.
+__device__ __forceinline__ uint2 load_global8(const char* p) {
   uint2 v;
   asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
   return v;
 }
-__device__ __forceinline__ uint4 load_now16(const char* p) {
+__device__ __forceinline__ uint4 load_global16(const char* p) {
   uint4 v;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
@@ -111,16 +112,16 @@ __device__ __forceinline__ uint32_t as_half2<__nv_bfloat16>(uint32_t v) {
 
 __device__ __forceinline__ __half2 half2_of(uint32_t v) { return *reinterpret_cast<__half2*>(&v); }
 
-// Grid (merge blocks + channel blocks, batch, parts). Position k of a direction is the token k steps into its walk: token
-// k % tokens of segment k / tokens. Lane (g, q) = (lane / 4, lane % 4).
+// Grid (merge blocks + channel blocks, batch, parts). Position k of a direction is the token k steps into its walk:
+// token k % tokens of segment k / tokens. Lane (g, q) = (lane / 4, lane % 4).
 // Three steps. First u and delta: a lane takes tokens 2g, 2g + 1 of 16 and two channels (q), dt_proj by mma. Then each
 // warp walks its segments from a zero state: lane (g, q) has segment g, two channels and states 4q..4q+3; u delta B and
 // C h are mma with the segments as columns, of which a row needs its own alone. It keeps the decay since the segment's
 // start in fp16, so that, last, the incoming state is added without a second pass of exponentials.
 // Hazard: u delta and h pass through fp16, so |h| must stay below 65,504.
 template <typename Traits>
-__global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segments_kernel(const __grid_constant__ MambaScanParams p,
-                                                                       const __grid_constant__ SegmentsCut cut) {
+__global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segments_kernel(
+    const __grid_constant__ MambaScanParams p, const __grid_constant__ SegmentsCut cut) {
   using T = typename Traits::T;
   using Shared = SegmentsShared<Traits>;
   constexpr int kChannels = Traits::kChannels, kPairs = Traits::kPairs, kGroups = Traits::kGroups;
@@ -161,7 +162,8 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
     return position * kStride - segment * (tokens * kStride - 1);
   };
 
-  // ---- weights: a lane keeps its own. dt_proj's column g is channel g & 1 of pair g >> 1, that of the sums 2q, 2q + 1.
+  // ---- weights: a lane keeps its own. Column g of dt_proj's tile is channel g & 1 of pair g >> 1; a lane gets sums
+  // 2q and 2q + 1.
   const int tile = warp % kTiles, first_dir = column_of<kPairs>(tile, 0).dir;
   const int tile_dirs = column_of<kPairs>(tile, 3).dir - first_dir + 1;
   uint4 dt_weight[kTileDirs][kRowSteps];  // lane q takes columns 8q..8q+7 of 32
@@ -196,6 +198,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
       taps[0] = taps[3], taps[1] = taps[2], taps[2] = t1, taps[3] = t0;
     }
   }
+
   // ---- addresses, in bytes. Tokens of the batch are counted in 32 bits, and so are a row's bytes.
   const int piece_token = tid / kPieceLanes, piece = tid % kPieceLanes * kPiece;  // of x, z and y: first token, channel
   const bool piece_exists = piece < kChannels && c0 + piece < E;
@@ -212,7 +215,8 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
   const int bc_dir = warp % kOwners / kGroups, bc_first = warp / kOwners, two = lane >> 3;
   const bool is_B = (lane & 4) == 0;
   const int bc_position = (warp % kGroups * 8 + 2 * two) * tokens + bc_first;
-  const int bc_last = (bc_dir ? len_backward : len_forward) - 1, bc_stride = bc_dir ? -p.row * 2 : p.row * 2;
+  const int bc_last = (bc_dir ? len_backward : len_forward) - 1;
+  const int bc_stride = static_cast<int>(bc_dir ? -row_stride : row_stride);
   const uint32_t bc_row = first_token + (bc_dir ? dir_tokens + len - 1 : 0);
   const char* bc_source = x_dbl + (R + 4 * (lane & 7)) * sizeof(T) + static_cast<uint64_t>(bc_row) * row_stride;
   uint32_t x_target = static_cast<uint32_t>(__cvta_generic_to_shared(&shared.x[piece_token * kChannels + piece]));
@@ -227,7 +231,8 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
   for (int i = 0; i * kThreads < (kMaxPart + 6) * kPieceLanes; i++) {
     const int ahead = i * (kThreads / kPieceLanes), token = base + piece_token + ahead - 3;
     if (ahead < x_left)
-      copy_async<kCopyBytes>(x_target + i * kCopyStep, x_source + i * xz_step, piece_exists && token >= 0 && token < L);
+      copy_async<kCopyBytes>(x_target + i * kCopyStep, x_source + i * xz_step,
+                             piece_exists && token >= 0 && token < L);
   }
   copy_async_commit();
 
@@ -240,8 +245,8 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
       for (int d = 0; d < kTileDirs; d++) {
         if (d >= tile_dirs) break;
         const char* from = (d ? dt_source1 : dt_source) + static_cast<uint64_t>(t) * row_stride;
-        v[d][0][k] = load_now16(from);
-        if (R > 32) v[d][1][k] = load_now16(from + 64);
+        v[d][0][k] = load_global16(from);
+        if (R > 32) v[d][1][k] = load_global16(from + 64);
       }
     }
   };
@@ -254,12 +259,13 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
 #pragma unroll
     for (int k = 0; k < 2; k++) {  // past the end any finite number will do: the last token's
       const int position = min(bc_position + j * kStep + k * tokens, bc_last);
-      bc[j][k] = load_now8(bc_source + static_cast<int64_t>(position) * bc_stride);
+      bc[j][k] = load_global8(bc_source + static_cast<int64_t>(position) * bc_stride);
     }
   const int dir = warp / (kPairs * kGroups), pair = warp / kGroups % kPairs, group = warp % kGroups;  // of the walk
   const float* A = p.A + static_cast<int64_t>(pair_channel(dir, pair)) * kStates + 4 * q;
   const float4 A0 = load4(A), A1 = load4(A + kStates);
-  // ---- in the shadow of the loads
+
+  // ---- what is needed later, in the shadow of these loads
   const int z_begin = whole ? 0 : cls - base, z_end = whole ? len : z_begin + 1;
   const int z_left = !cut.end_only && piece < kChannels ? z_end - z_begin - piece_token : 0;
   const char* z_source = xz + E * sizeof(T) + static_cast<uint64_t>(first_token + z_begin + piece_token) * xz_stride;
@@ -436,7 +442,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
       total *= d;
     }
   }
-  constexpr int kAhead = Traits::kBlocksPerSM == 1 ? 8 : 4;  // loads before a store, which the compiler lets no load pass
+  constexpr int kAhead = Traits::kBlocksPerSM == 1 ? 8 : 4;  // loads ahead of the stores, which none may pass
 #pragma unroll
   for (int first = 0; first < 8; first += kAhead) {
     float ends[kAhead], decays[kAhead];
@@ -533,11 +539,12 @@ struct Device {
   }
 };
 
-// Blocks an image for the merge weights: one a group where there is room beside the others, else fewer, with several each.
-int merge_blocks_of(const MambaScanParams& p, int blocks, int processors) {
-  const int groups = merge_groups(p), waves = (blocks + processors - 1) / processors;
-  const int room = (waves * processors - blocks) / (p.batch * parts_of(p.seqlen));
-  return std::min(groups, std::max(room, 1));
+// Blocks an image for the merge weights: one a group where there is room beside the others, else fewer, with several
+// each.
+int merge_blocks_of(const MambaScanParams& p, int64_t blocks, int processors) {
+  const int64_t groups = merge_groups(p), waves = (blocks + processors - 1) / processors;
+  const int64_t room = (waves * processors - blocks) / (int64_t{p.batch} * parts_of(p.seqlen));
+  return static_cast<int>(std::min(groups, std::max(room, int64_t{1})));
 }
 
 template <typename Traits>
@@ -545,15 +552,15 @@ int channel_blocks(const MambaScanParams& p) {
   return (p.d_inner + Traits::kChannels - 1) / Traits::kChannels;
 }
 
-// An estimate of the time, in hundredths of a microsecond on an H100: 1.5 us a round of resident blocks, and 0.47 a channel
-// of a multiprocessor.
+// An estimate of the time, in hundredths of a microsecond on an H100: 1.5 us a round of resident blocks, 0.47 us a
+// channel of a multiprocessor.
 template <typename Traits>
 int64_t cost(const MambaScanParams& p, const Device& device) {
   const int parts = parts_of(p.seqlen), part_len = (p.seqlen + parts - 1) / parts;
   if (part_len > Traits::kSegments * Traits::kTokens) return INT64_MAX;
   if (sizeof(SegmentsShared<Traits>) > static_cast<size_t>(device.shared_bytes)) return INT64_MAX;
-  const int blocks = channel_blocks<Traits>(p) * p.batch * parts;
-  const int merging = merge_blocks_of(p, blocks, device.processors) * p.batch * parts;
+  const int64_t images = int64_t{p.batch} * parts, blocks = channel_blocks<Traits>(p) * images;
+  const int64_t merging = merge_blocks_of(p, blocks, device.processors) * images;
   const int64_t each = (blocks + merging + device.processors - 1) / device.processors;  // blocks of a multiprocessor
   return (each + Traits::kBlocksPerSM - 1) / Traits::kBlocksPerSM * 150 + each * 47 * Traits::kChannels;
 }
@@ -579,7 +586,7 @@ cudaError_t launch(const MambaScanParams& p, const Device& device, cudaStream_t 
     if (status != cudaSuccess) return status;
     cut.end_only = false;
   }
-  cut.merge_blocks = merge_blocks_of(p, blocks * p.batch * parts, device.processors);
+  cut.merge_blocks = merge_blocks_of(p, int64_t{blocks} * p.batch * parts, device.processors);
   return launch_dependent<kKernel>(dim3(cut.merge_blocks + blocks, p.batch, parts), Traits::kThreads, bytes, stream, p,
                                    cut);
 }
