@@ -201,6 +201,8 @@ def _estimates(result: BenchResult) -> list[str]:
 def _profile_table(profile: dict[str, Any]) -> list[str]:
     rows = []
     for row in profile["modules"]:
+        if row["us"] < 0.05:  # constants that TensorRT lists as layers
+            continue
         floor = [f"{row['floor_us']:.1f}", f"{row['us'] / row['floor_us']:.1f}", row["bound"]] if row.get("floor_us") else ["", "", ""]
         rows.append([row["module"], f"{row['us']:.1f}", f"{row['share']:.1%}", str(row["nodes"]), *floor])
     text = f"{profile['total_ms']:.3f} ms by TensorRT's profiler (plain launches, one synchronisation a node: more than in a graph)."

@@ -85,7 +85,7 @@ def evaluate(
     ema: bool = False,
     seed: int = 0,
     image_size: ImageSize = 224,
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     pos_embed_resize: str = "correct",
     merge_weights: str | None = None,
     rule: str | None = None,

@@ -25,6 +25,7 @@ from ..deploy import ENGINE_SUFFIXES, load_model
 from ..engine import load_engine
 from ..errors import ArtefactError
 from ..file_metadata import load_onnx, parse_metadata
+from ..images import class_names
 from ..passes.cast_precision import PRECISIONS
 from ..runtimes.ort import onnxruntime_session
 from ..runtimes.pytorch import TorchRunner
@@ -156,7 +157,7 @@ def model_subjects(
     ema: bool = False,
     seed: int = 0,
     image_size: Any = 224,
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     pos_embed_resize: str = "correct",
     merge_weights: str | None = None,
     rule: str | None = None,
@@ -211,12 +212,7 @@ def model_subjects(
             figures, identity, published = plan_summary(config, plan), _plan_identity(plan), published_plan(config, plan)
         members.append(Subject(name, runner, identity, figures, () if random else published, merges=plan is not None))
     shape = Preprocessing(config.image_size, config.mean, config.std, **({} if crop_ratio is None else {"crop_ratio": crop_ratio}))
-    classes = None
-    if config.num_classes == 1000:
-        from ..images import imagenet_classes
-
-        classes = imagenet_classes()
-    return Subjects(members, config, shape, source, random, digest, device, precision, classes)
+    return Subjects(members, config, shape, source, random, digest, device, precision, class_names(base))
 
 
 def _named(plans: Sequence[str]) -> dict[str, PlanSpec]:

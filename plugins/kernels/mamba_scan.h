@@ -34,7 +34,7 @@ struct MambaScanParams {  // contiguous; extents in elements
 // its full speed), dt_rank one of 4 and at most 64, row = round_up(dt_rank + 32, 8); the state goes through fp16, so |h|
 // must stay below 65,504. kWalkMmaTwoPass, for long sequences in small batches: the same from 209 tokens; L is cut into
 // pieces, and a first pass computes the state before each. kSegments, for small batches of short sequences: the same types,
-// d_state and dt_rank; d_inner a multiple of 4.
+// d_state and dt_rank, the same bound on |h|; d_inner a multiple of 4.
 // kAdaptive: one of these three, chosen at each launch by batch, extents and card. TensorRT times a tactic at a profile's opt
 // batch alone and runs it at every other: a profile 1:8:64 took kSegments and was 2.4 times too slow at 64.
 enum class MambaScanTactic : int32_t { kSimple = 1, kWalkMma = 2, kSegments = 3, kWalkMmaTwoPass = 4, kAdaptive = 5 };
