@@ -479,3 +479,25 @@ def test_nothing_is_estimated_from_launches_or_another_card() -> None:
     assert estimate({**profile_of(bytes=1e9), "ceilings": {"source": "copy measured here"}}, 1.0, CARDS[0]) is None
     assert estimate_rows([profile_of(bytes=1e9)], {}) == []
     assert len(estimate_rows([profile_of(bytes=1e9)], {"c": 1.0})) == len(CARDS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "piece"), [("engine@32", 32), ("engine@0", None), ("engine@", None), ("engine", None), ("deit@8", None), ("engine@1.5", None)]
+)
+def test_pieces_are_named_by_the_rival(kind: str, piece: int | None) -> None:
+    from exporter.bench.workshop import piece_of
+
+    assert piece_of(kind) == piece
+
+
+def test_a_batch_must_be_whole_pieces() -> None:
+    from exporter.bench.backends import EngineBackend
+
+    class Engine:
+        def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
+            return [(32, 3, 224, 224)] * 3
+
+    backend = EngineBackend("engine@32", Engine(), (224, 224), "fp16", piece=32)
+    backend._check_batch(128)
+    with pytest.raises(ConfigError, match="batch 100 is no multiple of the piece, 32"):
+        backend._check_batch(100)
