@@ -23,12 +23,9 @@ __device__ __forceinline__ void for_each_member(const AddMergeNormParams& p, int
   }
   const int left = p.rule == MergeRule::kEdge ? p.left : 0, right = p.rule == MergeRule::kEdge ? p.right : 0;
   add(t + left, t + left, 1.f);
-  // Unrolled, so that the loads of several members are in flight: at high resolution a side has dozens.
   if (t == 0)
-#pragma unroll 4
     for (int i = 0; i < left; i++) add(i, i, weights[i]);
   if (t == p.seqlen_out - 1)
-#pragma unroll 4
     for (int i = 0; i < right; i++) add(p.seqlen_in - right + i, p.seqlen_in - right + i, weights[left + i]);
 }
 
