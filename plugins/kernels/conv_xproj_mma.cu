@@ -1,5 +1,6 @@
 // conv_xproj_mma.cu: which shape of the tensor-core kernels these tokens take on this card.
 #include "conv_xproj_impl.h"
+#include "launch.cuh"
 
 namespace stm {
 
@@ -9,9 +10,7 @@ bool conv_xproj_tensor_core_supported(int32_t d_inner, int32_t row, DataType typ
 
 // The most blocks or warps that still run at once: a second round costs as much as the first.
 ConvXProjShape conv_xproj_shape(const ConvXProjParams& p) {
-  int device = 0, processors = 132;
-  if (cudaGetDevice(&device) == cudaSuccess)
-    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  const int processors = processors_of_device();
   const int64_t few_blocks = (static_cast<int64_t>(p.batch) * ((p.seqlen + 1) / 2) + 7) / 8 * 2;
   const int64_t spans = (static_cast<int64_t>(p.batch) * ((p.seqlen + 5) / 6) + 7) / 8;
   const int steps = p.d_inner / 32;

@@ -8,6 +8,14 @@
 
 namespace stm {
 
+// Multiprocessors of the current device; an H100's where it cannot be asked.
+inline int processors_of_device() {
+  int device = 0, processors = 132;
+  if (cudaGetDevice(&device) == cudaSuccess)
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  return processors;
+}
+
 // A kernel launched by launch_dependent may start while the one before it in the stream still runs. Before
 // wait_for_previous() it may read only what no kernel writes (weights, tables), and write nothing; every block must call
 // it, because later kernels count on "this one has ended" meaning "all before it have".

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "launch.cuh"
 #include "mamba_scan_impl.h"
 
 namespace stm {
@@ -26,14 +27,6 @@ bool valid(const MambaScanParams& p) {
 bool adaptive_supported(int32_t seqlen, int32_t d_inner, int32_t d_state, int32_t dt_rank, int32_t row, DataType type) {
   return mamba_scan_walk_supported(d_inner, d_state, dt_rank, row, type) &&
          mamba_scan_segments_supported(seqlen, d_inner, d_state, dt_rank, row, type);
-}
-
-int32_t processors_of_device() {
-  int device = 0, processors = 132;
-  if (cudaGetDevice(&device) == cudaSuccess) {
-    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  }
-  return processors;
 }
 
 // Up to this many tokens segments are the fastest while there are at most so many channels (of all images) for each
