@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     length.add_argument("--steps", type=int, metavar="N", help="optimiser steps in all (default: the recipe's)")
     length.add_argument("--total-minutes", type=float, metavar="M", help="choose the steps so that they take M minutes at the speed measured here")
     parser.add_argument("--minutes", type=float, metavar="M", help="stop this slot after M minutes")
+    length.add_argument("--extend", type=int, metavar="N", help="lengthen a training that is under way to N steps")
     parser.add_argument("--batch", type=int, help="images a step (default: the recipe's)")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the recipe's)")
     parser.add_argument("--seed", type=int, default=0)
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         backend=args.backend or ("triton" if gpu else "torch"),
         dtype=args.dtype or ("bfloat16" if gpu else "float32"),
         join=args.join,
+        extend=args.extend,
     )
     deadline = None if args.minutes is None else START + 60 * args.minutes
     done = trainer.run(deadline)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -71,12 +72,29 @@ class Spec:
         return Case(self.model, self.rate, self.image_size, self.precision, batch, seqlen, self.plan.tokens_left if self.plan else seqlen)
 
 
+def _stem(spec: Spec) -> str:
+    return f"{spec.model}-{Path(spec.rate).name.removesuffix('.json')}-{spec.case(1).pixels}"
+
+
+@functools.cache
+def _code_sha256() -> str:
+    """Of our Python code and the packages that write ONNX: a file that other code exported is not used again."""
+    import onnx
+    import torch
+
+    digest = hashlib.sha256(f"{torch.__version__} {onnx.__version__}".encode())
+    for package in (Path(stm.__file__).parent, Path(__file__).parents[1]):
+        for path in sorted(package.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 class Workshop:
     """Keeps the last model, its ONNX and its modules on the device; engines lie in `folder`, under a hash of all that made them.
 
     Args:
         device: "cuda" or "cpu".
-        folder: where to keep engines; None builds them anew in every run.
+        folder: where to keep ONNX files and engines; None makes them anew in every run.
     """
 
     def __init__(
@@ -138,9 +156,26 @@ class Workshop:
         return made
 
     def portable(self, spec: Spec) -> Any:
-        from ..onnx_export import export_onnx
+        """The portable ONNX model; with a folder, kept there under a hash of the weights, the plan and the code that exports."""
 
-        return self._once(("onnx", spec.model, spec.rate, spec.image_size), lambda: export_onnx(self.model(spec)))
+        def make() -> Any:
+            import onnx
+
+            from ..onnx_export import export_onnx
+
+            if self.folder is None:
+                return export_onnx(self.model(spec))
+            made_from = [self.weights(spec), spec.plan.to_dict() if spec.plan else None, spec.image_size, _code_sha256()]
+            key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+            path = self.folder / f"{_stem(spec)}-{key}.onnx"
+            if path.is_file():
+                return onnx.load(str(path))
+            model = export_onnx(self.model(spec))
+            with written_aside(path) as aside:
+                onnx.save(model, str(aside))
+            return model
+
+        return self._once(("onnx", spec.model, spec.rate, spec.image_size), make)
 
     # --- engines ---------------------------------------------------------------------------------------------------------
 
@@ -170,8 +205,7 @@ class Workshop:
         def make() -> EngineBackend:
             lowered = lower_tensorrt(self.portable(spec), spec.precision)
             each = piece or batch
-            stem = f"{spec.model}-{Path(spec.rate).name.removesuffix('.json')}-{spec.case(batch).pixels}-{spec.precision}-b{each}"
-            engine, size, origin = self._built(lowered, stem, BatchProfile(each, each, each))
+            engine, size, origin = self._built(lowered, f"{_stem(spec)}-{spec.precision}-b{each}", BatchProfile(each, each, each))
             weights = self.weights(spec)
             return EngineBackend(name, engine, spec.image_size, spec.precision, weights=weights, engine_bytes=size, notes=(origin,), piece=piece)
 

@@ -9,13 +9,16 @@ namespace stm {
 namespace {
 
 // Calls add(residual position, hidden position, weight) for each member of output token t: for kEdge the target first
-// and then its sources in ascending order, for kTable in the table's order.
-template <typename Add>
+// and then its sources in ascending order, for kTable in the table's order. kAhead members' loads are in flight together:
+// at 1024 px a target has 21 sources a side, and one after the other they would cost 21 times the latency of memory.
+template <int kAhead, typename Add>
 __device__ __forceinline__ void for_each_member(const AddMergeNormParams& p, int b, int t, Add add) {
   if (p.cls_index >= 0) return add(p.cls_index, 0, 1.f);
   const float* weights = p.merge_weights + (p.weights_per_image ? static_cast<int64_t>(b) * p.nb_weights : 0);
   if (p.rule == MergeRule::kTable) {
-    for (int m = p.begin[t]; m < p.begin[t + 1]; m++) {
+    const int end = p.begin[t + 1];
+#pragma unroll kAhead
+    for (int m = p.begin[t]; m < end; m++) {
       const int position = p.members[m], column = p.member_weight[m];
       if (position >= 0 && position < p.seqlen_in) add(position, position, column < 0 ? 1.f : weights[column]);
     }
@@ -23,10 +26,14 @@ __device__ __forceinline__ void for_each_member(const AddMergeNormParams& p, int
   }
   const int left = p.rule == MergeRule::kEdge ? p.left : 0, right = p.rule == MergeRule::kEdge ? p.right : 0;
   add(t + left, t + left, 1.f);
-  if (t == 0)
+  if (t == 0) {
+#pragma unroll kAhead
     for (int i = 0; i < left; i++) add(i, i, weights[i]);
-  if (t == p.seqlen_out - 1)
+  }
+  if (t == p.seqlen_out - 1) {
+#pragma unroll kAhead
     for (int i = 0; i < right; i++) add(p.seqlen_in - right + i, p.seqlen_in - right + i, weights[left + i]);
+  }
 }
 
 // The first token of image b in the residual stream.
@@ -38,6 +45,7 @@ template <typename T_, int kVectors_>
 struct WarpNormTraits {
   using T = T_;
   static constexpr int kVectors = kVectors_;  // groups of 4 columns a lane holds: d_model <= 128 kVectors
+  static constexpr int kAhead = kVectors <= 3 ? 4 : kVectors <= 6 ? 2 : 1;  // members in flight; more spill
   static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
 };
@@ -65,7 +73,7 @@ __global__ __launch_bounds__(Traits::kThreads) void warp_norm_kernel(const __gri
   float4 x[kVectors];
 #pragma unroll
   for (int i = 0; i < kVectors; i++) x[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-  for_each_member(p, b, t, [&](int from_residual, int from_hidden, float weight) {
+  for_each_member<Traits::kAhead>(p, b, t, [&](int from_residual, int from_hidden, float weight) {
     const float* r = residual + static_cast<int64_t>(from_residual) * d;
     const T* h = hidden + static_cast<int64_t>(from_hidden) * d;
 #pragma unroll
@@ -123,7 +131,7 @@ __global__ __launch_bounds__(Traits::kThreads) void block_norm_kernel(const __gr
   float square = 0.f;
   for (int c = threadIdx.x; c < d; c += Traits::kThreads) {
     float x = 0.f;
-    for_each_member(p, b, t, [&](int from_residual, int from_hidden, float weight) {
+    for_each_member<4>(p, b, t, [&](int from_residual, int from_hidden, float weight) {
       x = fmaf(weight, residual[static_cast<int64_t>(from_residual) * d + c] +
                            to_float(hidden[static_cast<int64_t>(from_hidden) * d + c]), x);
     });

@@ -501,3 +501,27 @@ def test_a_batch_must_be_whole_pieces() -> None:
     backend._check_batch(128)
     with pytest.raises(ConfigError, match="batch 100 is no multiple of the piece, 32"):
         backend._check_batch(100)
+
+
+def test_portable_files_are_kept_and_made_anew_for_other_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import exporter.onnx_export as exporting
+    from exporter.bench.workshop import Spec, Workshop
+
+    exported: list[str] = []
+    model = small_model()
+
+    def export(model: Any) -> Any:
+        exported.append("once")
+        return real(model)
+
+    real = exporting.export_onnx
+    monkeypatch.setattr(exporting, "export_onnx", export)
+    monkeypatch.setattr(Workshop, "model", lambda self, spec: model)
+    spec = Spec.of("vim-t", "0", (224, 224), "fp32")
+    first, second = (Workshop("cpu", folder=tmp_path / "engines").portable(spec).SerializeToString(deterministic=True) for _ in range(2))
+    assert (len(exported), len(list((tmp_path / "engines").iterdir()))) == (1, 1)
+    assert first == second
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    assert Workshop("cpu", folder=tmp_path / "engines").portable(spec).SerializeToString(deterministic=True) != first
+    assert len(exported) == 2

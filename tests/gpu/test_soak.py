@@ -54,8 +54,8 @@ def test_soak(builder, record):
     free = []
     runs = 0
     start = time.monotonic()
-    for leg in range(4):  # memory is compared between legs, when nothing runs: the first warms the allocators up
-        until = start + seconds * (leg + 1) / 4
+    for leg, share in enumerate((0.05, 0.35, 0.7, 1.0)):  # memory is compared between legs, when nothing runs: the first warms allocators up
+        until = start + seconds * share
         clients = [Client(engine, images, expected, 2 * leg + i, until) for i in range(2)]
         threads = [threading.Thread(target=client.run) for client in clients]
         for thread in threads:
@@ -72,4 +72,4 @@ def test_soak(builder, record):
         free.append(torch.cuda.mem_get_info()[0])
     lost = (free[0] - free[-1]) / 2**20
     record("soak", model=CASE[0], seconds=round(time.monotonic() - start), requests=runs, lost_mib=round(lost, 1))
-    assert lost < 64, f"{lost:.0f} MiB of GPU memory went in three quarters of the soak"
+    assert lost < 64, f"{lost:.0f} MiB of GPU memory went in 95 % of the soak"

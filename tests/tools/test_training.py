@@ -223,6 +223,19 @@ def test_settings_cannot_change_on_the_way(whole: tuple[Trainer, Path]) -> None:
         Trainer("vim-n", folder)
 
 
+def test_a_training_under_way_can_be_lengthened(tmp_path: Path) -> None:
+    train(tmp_path, steps=2)
+    with pytest.raises(SystemExit, match="at step 2 of 4"):
+        Trainer("toy", tmp_path, extend=2)
+    longer = Trainer("toy", tmp_path, extend=6)
+    assert longer.run(log_every=1)
+    assert longer.step == 6
+    again = Trainer("toy", tmp_path)
+    assert (again.total_steps, again.settings["extended"]) == (6, [{"at_step": 2, "from": 4, "to": 6}])
+    with pytest.raises(SystemExit, match="an unknown number"):
+        Trainer("toy", tmp_path / "new", total_minutes=1, extend=5)
+
+
 def test_steps_chosen_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer("toy", tmp_path, total_minutes=10)
     assert trainer.total_steps is None

@@ -114,6 +114,7 @@ class Trainer:
         overrides: fields of the recipe to set anew; only at the start of a training.
         total_minutes: choose the number of steps from the speed measured at the start.
         join: a folder with parts of a state that `save_parts` wrote.
+        extend: lengthen a training that is under way to so many steps; the rest of the cosine is stretched. Kept in the settings.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class Trainer:
         backend: str = "torch",
         dtype: str = "float32",
         join: Path | None = None,
+        extend: int | None = None,
     ) -> None:
         self.folder, self.device, self.dtype = folder, torch.device(device), getattr(torch, dtype)
         self.settings: dict[str, Any] = {"recipe": asdict(replace(RECIPES[name], **(overrides or {}))), "seed": seed, "total_minutes": total_minutes}
@@ -159,9 +161,17 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.average = {name: value.to(self.device) for name, value in state["average"].items()}
             self.step, self.seconds, self.total_steps = state["step"], state["seconds"], state["total_steps"]
+        if extend is not None:
+            if self.total_steps is None or extend <= self.step:
+                raise SystemExit(f"--extend {extend}: the training in {folder} is at step {self.step} of {self.total_steps or 'an unknown number'}")
+            self.settings.setdefault("extended", []).append({"at_step": self.step, "from": self.total_steps, "to": extend})
+            self.total_steps = extend
         self._cut_log()
         self.data = [DigitPairs("train", variant, seed=self.settings["seed"], device=self.device) for variant in VARIANTS]
         self._stop = False
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: tuple[Tensor, Tensor]
+        self._outputs: tuple[Tensor, Tensor]
 
     @property
     def _state_path(self) -> Path:
@@ -188,17 +198,44 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         images, labels = self.batch(self.step)
-        logits = self.model(normalise(images, self.config, self.dtype))
-        loss = pair_loss(logits, labels, self.recipe)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss, top1 = self._gradients(normalise(images, self.config, self.dtype), labels)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.optimizer.step()
         keep = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.model.parameters()], 1 - keep)
         self.step += 1
-        return {"loss": loss.detach(), "top1": (logits.argmax(1) == labels).float().mean(), "norm": norm.detach()}
+        return {"loss": loss, "top1": top1, "norm": norm.detach()}
+
+    def _forward_backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.model(images)
+        loss = pair_loss(logits, labels, self.recipe)
+        loss.backward()
+        return loss.detach(), (logits.argmax(1) == labels).float().mean()
+
+    def _gradients(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and accuracy; leaves the gradients in the parameters. On a GPU in a CUDA graph, for the host's launches, not the GPU,
+        would set the speed."""
+        if self.device.type != "cuda":
+            self.optimizer.zero_grad(set_to_none=True)
+            return self._forward_backward(images, labels)
+        if self._graph is None:
+            self._inputs = (images.clone(), labels.clone())
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):  # compiles the kernels and lets the libraries take their workspaces
+                    self.optimizer.zero_grad(set_to_none=True)
+                    self._forward_backward(*self._inputs)
+            torch.cuda.current_stream().wait_stream(side)
+            self.optimizer.zero_grad(set_to_none=True)  # the gradients of the graph are its own and written anew by each replay
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._outputs = self._forward_backward(*self._inputs)
+        for place, value in zip(self._inputs, (images, labels), strict=True):
+            place.copy_(value)
+        self._graph.replay()
+        return self._outputs[0].clone(), self._outputs[1].clone()
 
     def run(self, deadline: float | None = None, log_every: int = 50) -> bool:
         """Train until the last step, `deadline` (time.monotonic), or SIGTERM; saves. Returns whether the last step is done."""
