@@ -1,6 +1,7 @@
 // engine.hpp: an engine made by stm-export, loaded and run; copy it into your app. Needs TensorRT, the CUDA runtime and stm::trt.
 //   Engine engine("vim.engine", sidecar);        // once
-//   Session session(engine, batch, use_graph);   // one for each thread: a context, a stream and the buffers of one batch size
+//   Session session(engine, batch, use_graph);   // one for each thread: a context, a stream and the buffers of one batch size;
+//                                                // a multiple of the engine's largest runs in pieces, in a piece's activation memory
 //   session.upload(images);  session.run();  logits = session.download();
 #pragma once
 #include <NvInferRuntime.h>
@@ -195,11 +196,12 @@ class Session {
  public:
   // `use_graph`: record the kernels once and launch them together from then on; the smaller the batch, the more it helps.
   // Raises Error: the engine does not take this batch size; says which it takes.
-  Session(const Engine& engine, int32_t batch, bool use_graph) : engine_(engine) {
-    if (batch < engine.min_batch() || batch > engine.max_batch()) {
+  Session(const Engine& engine, int32_t batch, bool use_graph) : engine_(engine), piece_(std::min(batch, engine.max_batch())) {
+    if (batch < engine.min_batch() || batch % piece_ != 0) {
       throw Error(kUsage, "batch is " + std::to_string(batch) + ", the engine takes " + std::to_string(engine.min_batch()) + " to " +
-                              std::to_string(engine.max_batch()) + "; stm-export --batch MIN:OPT:MAX makes another");
+                              std::to_string(engine.max_batch()) + ", or multiples of the latter; stm-export --batch MIN:OPT:MAX makes another");
     }
+    pieces_ = batch / piece_;
     const Sidecar& s = engine.sidecar();
     image_floats_ = static_cast<std::size_t>(batch) * engine.image_floats();
     logit_floats_ = static_cast<std::size_t>(batch) * engine.num_classes();
@@ -207,9 +209,8 @@ class Session {
     logits_ = device_floats(logit_floats_);
     stream_ = new_stream();
     context_ = engine.new_context();
-    if (!context_->setInputShape(s.input.c_str(), nvinfer1::Dims4{batch, 3, s.height, s.width}) ||
-        !context_->setTensorAddress(s.input.c_str(), images_.get()) || !context_->setTensorAddress(s.output.c_str(), logits_.get())) {
-      throw Error(kFailed, "TensorRT refuses batch " + std::to_string(batch) + engine.errors());
+    if (!context_->setInputShape(s.input.c_str(), nvinfer1::Dims4{piece_, 3, s.height, s.width})) {
+      throw Error(kFailed, "TensorRT refuses batch " + std::to_string(piece_) + engine.errors());
     }
     if (use_graph) record();
   }
@@ -247,7 +248,18 @@ class Session {
 
  private:
   void enqueue() {
-    if (!context_->enqueueV3(stream_.get())) throw Error(kFailed, "TensorRT cannot run the engine" + engine_.errors());
+    if (!try_enqueue()) throw Error(kFailed, "TensorRT cannot run the engine" + engine_.errors());
+  }
+
+  bool try_enqueue() {
+    const Sidecar& s = engine_.sidecar();
+    for (int32_t i = 0; i < pieces_; ++i) {
+      const std::size_t first = static_cast<std::size_t>(i) * static_cast<std::size_t>(piece_);
+      if (!context_->setTensorAddress(s.input.c_str(), images_.get() + first * engine_.image_floats()) ||
+          !context_->setTensorAddress(s.output.c_str(), logits_.get() + first * engine_.num_classes()) || !context_->enqueueV3(stream_.get()))
+        return false;
+    }
+    return true;
   }
 
   void record() {
@@ -256,7 +268,7 @@ class Session {
     check_cuda(cudaStreamSynchronize(stream_.get()), "the engine failed");
     cudaGraph_t raw = nullptr;
     check_cuda(cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeThreadLocal), "cannot record a CUDA graph");
-    const bool enqueued = context_->enqueueV3(stream_.get());
+    const bool enqueued = try_enqueue();
     const cudaError_t status = cudaStreamEndCapture(stream_.get(), &raw);  // also after a failure: a stream must leave capture
     const CudaUnique<cudaGraph_t> graph(raw);
     if (!enqueued) throw Error(kFailed, "TensorRT cannot record the engine as a CUDA graph; run without --graph" + engine_.errors());
@@ -267,6 +279,7 @@ class Session {
   }
 
   const Engine& engine_;
+  int32_t piece_ = 1, pieces_ = 1;  // images of an enqueue; enqueues of a batch
   std::size_t image_floats_ = 0, logit_floats_ = 0;
   DeviceFloats images_, logits_;
   Stream stream_;

@@ -60,6 +60,9 @@ def load_plugins(trt: Any, path: str | None) -> None:
 class Engine:
     """An engine with its sidecar `PATH.json`. Call it with images, get logits.
 
+    A batch larger than the engine's runs in pieces of the engine's largest, one after the other: an engine built for 32 images
+    takes 128 in the activation memory of 32.
+
     Args:
         use_graph: record the kernels of a batch size once and launch them together from then on. The images are then
             copied into a buffer of the engine, and the logits are its buffer: the next call overwrites them. A batch
@@ -123,16 +126,16 @@ class Engine:
             (batch, num_classes), float32, on the GPU.
         """
         batch, fits = images.shape[0] if images.ndim else 0, tuple(images.shape[1:]) == (3, *self.size)
-        if not (fits and self.batches[0] <= batch <= self.batches[2]):
-            raise SampleError(f"images have shape {tuple(images.shape)}, the engine takes ({self.batches[0]}..{self.batches[2]}, 3, {self.size})", 2)
+        if not (fits and (self.batches[0] <= batch <= self.batches[2] or (batch and batch % self.batches[2] == 0))):
+            takes = f"({self.batches[0]}..{self.batches[2]}, 3, {self.size}), or batches that are multiples of {self.batches[2]}"
+            raise SampleError(f"images have shape {tuple(images.shape)}, the engine takes {takes}", 2)
         if images.dtype != torch.float32 or not images.is_cuda or not images.is_contiguous():
             raise SampleError(
                 f"images are {images.dtype} on {images.device}, strides {images.stride()}; the engine takes contiguous float32 on the GPU", 2
             )
         if not self._use_graph:
             logits = images.new_empty((batch, self.num_classes))
-            self._bind(images, logits)
-            self._enqueue()
+            self._enqueue(images, logits)
             return logits
         if self._graph is None or self._images.shape != images.shape:
             self._record(images)
@@ -141,27 +144,25 @@ class Engine:
         self._graph.replay()
         return self._logits
 
-    def _bind(self, images: torch.Tensor, logits: torch.Tensor) -> None:
-        if not (
-            self._context.set_input_shape(self.input, tuple(images.shape))
-            and self._context.set_tensor_address(self.input, images.data_ptr())
-            and self._context.set_tensor_address(self.output, logits.data_ptr())
-        ):
-            raise SampleError(f"TensorRT refuses images of shape {tuple(images.shape)} (its reason is above)", 1)
-
-    def _enqueue(self) -> None:
-        if not self._context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
-            raise SampleError("TensorRT cannot run the engine (its reason is above)", 1)
+    def _enqueue(self, images: torch.Tensor, logits: torch.Tensor) -> None:
+        for piece, result in zip(images.split(self.batches[2]), logits.split(self.batches[2]), strict=True):
+            if not (
+                self._context.set_input_shape(self.input, tuple(piece.shape))
+                and self._context.set_tensor_address(self.input, piece.data_ptr())
+                and self._context.set_tensor_address(self.output, result.data_ptr())
+            ):
+                raise SampleError(f"TensorRT refuses images of shape {tuple(piece.shape)} (its reason is above)", 1)
+            if not self._context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
+                raise SampleError("TensorRT cannot run the engine (its reason is above)", 1)
 
     def _record(self, images: torch.Tensor) -> None:
         self._graph = None
         self._images, self._logits = images.clone(), images.new_empty((images.shape[0], self.num_classes))
-        self._bind(self._images, self._logits)
-        self._enqueue()  # the first run of a batch size does work that must not be recorded
+        self._enqueue(self._images, self._logits)  # the first run of a batch size does work that must not be recorded
         torch.cuda.current_stream().synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._enqueue()
+            self._enqueue(self._images, self._logits)
         self._graph = graph
 
 

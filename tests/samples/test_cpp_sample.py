@@ -306,12 +306,13 @@ def fake_logits(images: np.ndarray, classes: int = 7) -> np.ndarray:
 
 
 @pytest.mark.parametrize("graph", [[], ["--graph"]], ids=["plain", "graph"])
-def test_logits_of_an_input_file(classify, engine, tmp_path, graph):
-    images = np.random.default_rng(0).standard_normal((3, 3, 32, 48), dtype=np.float32)
+@pytest.mark.parametrize("count", [3, 8], ids=["one-piece", "two-pieces"])
+def test_logits_of_an_input_file(classify, engine, tmp_path, graph, count):
+    images = np.random.default_rng(0).standard_normal((count, 3, 32, 48), dtype=np.float32)
     images.tofile(tmp_path / "images.bin")
     ran = run(classify, engine, "--input", tmp_path / "images.bin", "--dump", tmp_path / "logits.bin", *graph)
     assert ran.returncode == 0, ran.stderr
-    logits = np.fromfile(tmp_path / "logits.bin", np.float32).reshape(3, 7)
+    logits = np.fromfile(tmp_path / "logits.bin", np.float32).reshape(count, 7)
     np.testing.assert_array_equal(logits, fake_logits(images))
     best = logits.argmax(1)
     assert [line.split("%  ")[1] for line in ran.stdout.splitlines()] == [SIDECAR["classes"][i] for i in best]
@@ -400,7 +401,7 @@ def test_help(classify):
 def refusals(engine, image):
     """What is wrong -> (arguments, environment, exit code, message)."""
     return {
-        "batch": ([engine, image, "--batch", 5], {}, 2, "batch is 5, the engine takes 1 to 4"),
+        "batch": ([engine, image, "--batch", 5], {}, 2, "batch is 5, the engine takes 1 to 4, or multiples of the latter"),
         "input size": ([engine, "--input", image], {}, 2, "needs a multiple of 18432, an image's"),
         "gpu": ([engine, image], {"FAKE_GPUS": 0}, 3, "no usable GPU: no CUDA-capable device is detected"),
         "plugin for another TensorRT": ([engine, image], {"FAKE_REGISTER": 1}, 6, "serve TensorRT 10, this app has 10.6.0"),

@@ -147,6 +147,15 @@ def test_batch_out_of_range_is_refused(classify, engine, meta, tmp_path):
     assert f"batch is {too_many}, the engine takes {meta['batch']['min']} to {meta['batch']['max']}" in ran.stderr
 
 
+@GRAPH
+def test_a_larger_batch_runs_in_pieces(classify, engine, meta, tmp_path, graph):
+    Image.open(PHOTO).save(tmp_path / "cat.ppm")
+    for batch in (meta["batch"]["max"], 3 * meta["batch"]["max"]):
+        checked(classify, engine, tmp_path / "cat.ppm", "--batch", batch, "--dump", tmp_path / f"{batch}.bin", *graph)
+    whole, pieces = (np.fromfile(tmp_path / f"{n * meta['batch']['max']}.bin", np.float32).reshape(-1, meta["num_classes"]) for n in (1, 3))
+    assert np.array_equal(np.concatenate([whole] * 3), pieces)
+
+
 def test_damaged_engine_is_refused(classify, engine, tmp_path):
     Image.open(PHOTO).save(tmp_path / "cat.ppm")
     (tmp_path / "cut.engine").write_bytes(engine.read_bytes()[:10_000])
@@ -163,11 +172,11 @@ import sys; sys.path.insert(0, {str(SAMPLES / "python")!r})
 import torch
 from classify_engine import Engine
 plain, graph = (Engine({str(engine)!r}, plugin={str(plugin)!r}, use_graph=g) for g in (False, True))
-images = torch.randn({meta["batch"]["max"]}, 3, *plain.size, device="cuda")
+images = torch.randn({2 * meta["batch"]["max"]}, 3, *plain.size, device="cuda")
 torch.cuda.synchronize()
 stream = torch.cuda.Stream()
 with torch.cuda.stream(stream):
-    for batch in ({meta["batch"]["min"]}, {meta["batch"]["max"]}, {meta["batch"]["min"]}):
+    for batch in ({meta["batch"]["min"]}, {meta["batch"]["max"]}, {2 * meta["batch"]["max"]}, {meta["batch"]["min"]}):
         for sign in (1, -1):
             some = (images[:batch] * sign).contiguous()
             first, second = plain(some), graph(some).clone()
