@@ -333,16 +333,26 @@ def update_document(result: BenchResult, path: Path) -> list[str]:
     Raises:
         ArtefactError: the file does not exist or does not have the two markers, once each and in order.
     """
+    return fill_document(path, lambda folder: draw_plots(result, folder), lambda plots: markdown(result, plots))
+
+
+def fill_document(path: Path, draw: Callable[[Path], list[Path]], text: Callable[[list[str]], str]) -> list[str]:
+    """What `update_document` does, for any report.
+
+    Args:
+        draw: makes the plots in a folder.
+        text: Markdown, given the plots' paths as the document sees them.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ArtefactError(f"cannot read {path} ({error.strerror}); make it with the lines {BEGIN} and {END}") from None
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        old = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtefactError(f"cannot read {path} ({getattr(error, 'strerror', None) or error}); make it with the lines {BEGIN} and {END}") from None
+    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
         raise ArtefactError(f"{path} does not have {BEGIN} and {END} once each, in this order; the tables go between them")
     folder = path.with_suffix("")
-    plots = draw_plots(result, folder)
-    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    body = markdown(result, [f"{folder.name}/{plot.name}" for plot in plots])
+    plots = draw(folder)
+    head, tail = old[: old.index(BEGIN) + len(BEGIN)], old[old.index(END) :]
+    body = text([f"{folder.name}/{plot.name}" for plot in plots])
     with written_aside(path) as aside:
         aside.write_text(f"{head}\n\n{body}\n{tail}", encoding="utf-8")
     return [str(path), *map(str, plots)]
