@@ -109,6 +109,11 @@ def _export_parser(parser: argparse.ArgumentParser) -> None:
     _model_options(parser)
     _weights_options(parser)
     _plan_options(parser)
+    parser.add_argument(
+        "--reduction",
+        metavar="METHOD[:PRESET,..]",
+        help="instead of a merge plan a rival that looks at the image: tome:tl-792, r-meeto:tl-792,metric=delta (METHOD alone: the paper's table 2)",
+    )
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", required=True, metavar="OUT", help="FILE.onnx, FILE.engine, or a directory for everything")
     group.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="of the engine (default fp16); a portable .onnx is fp32")
@@ -170,6 +175,18 @@ def _build_options(args: argparse.Namespace) -> Any:
 def _plan_parser(parser: argparse.ArgumentParser) -> None:
     _model_options(parser)
     _plan_options(parser)
+    group = parser.add_argument_group("a better plan than the paper's, from the weights (docs/plans.md)")
+    group.add_argument("--optimize", action="store_true", help="search the plan that changes the model least, without labels or training")
+    group.add_argument("--budget", metavar="B", help="0.6x of the true FLOPs, -40%%, 1920tl (token-layers removed), 1.2ms (--latency-table)")
+    group.add_argument("--images", metavar="DIR", help="a handful of unlabelled pictures to search on (default: generated ones)")
+    group.add_argument("--data", choices=("digits",), help="search on digit pairs, what vim-n was trained on")
+    group.add_argument("--count", type=_positive, metavar="N", help="images to take or make (default 64, 512 on a GPU)")
+    group.add_argument("--objective", choices=("kl", "state"), default="kl", help="of the logits, or the paper's class-token state error")
+    group.add_argument("--seconds", type=_positive, metavar="S", help="time to search (default 600)")
+    group.add_argument("--evaluations", type=_positive, metavar="N", help="plans to run, instead of or beside --seconds; alone: repeatable")
+    group.add_argument("--latency-table", metavar="FILE", help='{"layer_ms": {"197": 0.041, ..}, "fixed_ms": 0.12}: the budget is then in ms')
+    group.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    _weights_options(parser)
     parser.add_argument("-o", "--output", metavar="FILE", help="write the plan (.json) or its picture (.png)")
     parser.add_argument("--draw", metavar="FILE.png", help="draw the plan")
     parser.add_argument("--image", metavar="FILE", help="picture to draw on")
@@ -219,6 +236,54 @@ def _bench_parser(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--plugin-library", metavar="FILE", help="libstm_trtN.so to use instead of the package's")
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", metavar="DIR", help="bench.json, bench.md, plots; engines built are kept there and used again")
+    group.add_argument("--document", metavar="FILE.md", help="put the tables between this file's `stm bench` markers, plots beside it")
+    _json_option(parser)
+
+
+def _named_plan(text: str) -> tuple[str, str]:
+    name, equals, file = text.partition("=")
+    if not (name and equals and file):
+        raise argparse.ArgumentTypeError(f"{text!r}: give NAME=FILE.json")
+    return name, file
+
+
+def _accuracy_parser(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", metavar="NAME", help="vim-n (its weights are in the package), or another with --checkpoint: 100 classes")
+    what.add_argument("--from", dest="earlier", type=_names, metavar="DIR[,..]", help="measure nothing: report earlier -o folders, one a model")
+    group = parser.add_argument_group("weights")
+    group.add_argument("--checkpoint", metavar="FILE", help="trained on stm.data's digit pairs: .safetensors, .pth")
+    group.add_argument("--weights", choices=("pretrained", "random"), default="pretrained", help="random: a trial of the command, no accuracy")
+    group.add_argument("--seed", type=int, default=0, help="of random weights (default 0)")
+    group = parser.add_argument_group("the table (more can be added to the same -o later)")
+    group.add_argument(
+        "--methods",
+        type=_names,
+        metavar="M[,..]",
+        help="groups weights, generators, rivals, frozen, controls, all; or single methods such as stm, stm-mean, mtr, frozen-mtr, resolution "
+        "(default weights,generators,rivals,controls)",
+    )
+    group.add_argument("--token-layers", type=_batches, metavar="N[,..]", help="token-layers removed (default those of stm-15 .. stm-40)")
+    group.add_argument("--flops", type=_names, metavar="S[,..]", help="true FLOPs saved, 40%% or 0.4, or left, 0.6x (default 40%%)")
+    group.add_argument("--plan", type=_named_plan, action="append", default=[], metavar="NAME=FILE", help="a plan of yours; may be repeated")
+    group.add_argument("--variants", type=_names, default=["centred", "anywhere"], metavar="V[,..]", help="of the images (default centred,anywhere)")
+    group.add_argument("--images", type=_positive, default=2000, metavar="N", help="test images of each variant (default 2000)")
+    group.add_argument(
+        "--latency",
+        type=_names,
+        nargs="?",
+        const=["default"],
+        metavar="M[,..]",
+        help="time TensorRT engines of these methods and of all --plan (default: stm, stm-mean, tome, mtr, resolution, as far as measured)",
+    )
+    group.add_argument("--latency-batch", type=_batches, default=[1, 128], metavar="N[,..]", help="default 1,128")
+    group = parser.add_argument_group("running")
+    group.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    group.add_argument("--batch", type=_positive, metavar="N", help="images at once (default on a GPU 2048 for vim-n, 16 on a CPU)")
+    group.add_argument("--minutes", type=float, metavar="M", help="start nothing new after M minutes; the same command goes on")
+    group.add_argument("--plugin-library", metavar="FILE", help="libstm_trtN.so to use instead of the package's")
+    group = parser.add_argument_group("output")
+    group.add_argument("-o", "--output", metavar="DIR", help="records, accuracy.json, accuracy.md, plots; the same again goes on where it stopped")
     group.add_argument("--document", metavar="FILE.md", help="put the tables between this file's `stm bench` markers, plots beside it")
     _json_option(parser)
 
@@ -317,6 +382,7 @@ def _run_export(args: argparse.Namespace) -> Answer:
         merge_weights=args.merge_weights,
         rule=args.rule,
         proportional_decay=args.proportional_decay,
+        reduction=args.reduction,
         image_size=args.image_size,
         num_classes=args.num_classes,
         classes=classes,
@@ -350,21 +416,66 @@ def _run_export(args: argparse.Namespace) -> Answer:
     return {"exit_code": 0, **result.to_dict()}, lines
 
 
+def _optimized(args: argparse.Namespace) -> Any:
+    """What --optimize found; None without it."""
+    if not args.optimize:
+        belong = ("budget", "images", "data", "count", "seconds", "evaluations", "latency_table", "checkpoint")
+        if idle := [name for name in belong if getattr(args, name)]:
+            raise ConfigError(f"--{idle[0].replace('_', '-')} belongs to --optimize")
+        return None
+    if args.budget is None:
+        raise ConfigError("--optimize needs --budget, for example 0.6x of the true FLOPs")
+    given = {"--rate": args.rate, "--plan": args.plan, "--rule": args.rule, "--merge-weights": args.merge_weights}
+    if idle := [option for option, value in {**given, "--proportional-decay": args.proportional_decay}.items() if value]:
+        raise ConfigError(f"{', '.join(idle)}: --optimize chooses that itself")
+    if args.output and Path(args.output).suffix not in (".json", ".png"):
+        raise ConfigError(f"-o {args.output}: give .json for the plan or .png for its picture")
+    from .plan_search import search_plan
+
+    return search_plan(
+        args.model,
+        args.budget,
+        checkpoint=args.checkpoint,
+        weights=args.weights,
+        ema=args.ema,
+        seed=args.seed,
+        num_classes=args.num_classes,
+        pos_embed_resize=args.pos_embed_resize,
+        image_size=args.image_size,
+        images=args.images,
+        data=args.data,
+        count=args.count,
+        objective=args.objective,
+        seconds=args.seconds,
+        evaluations=args.evaluations,
+        latency_table=args.latency_table,
+        device=args.device,
+        save=args.output if args.output and Path(args.output).suffix == ".json" else None,
+        show_progress=True,
+    )
+
+
 def _run_plan(args: argparse.Namespace) -> Answer:
     from stm import make_plan, model_config, plan_summary
 
     from .deploy import choose_plan
 
     config = model_config(args.model, args.image_size)
-    plan = choose_plan(
-        args.model,
-        args.image_size,
-        rate=args.rate,
-        plan=args.plan,
-        merge_weights=args.merge_weights,
-        rule=args.rule,
-        proportional_decay=args.proportional_decay,
-    ) or make_plan(config)
+    found = _optimized(args)
+    plan = (
+        found.plan
+        if found
+        else choose_plan(
+            args.model,
+            args.image_size,
+            rate=args.rate,
+            plan=args.plan,
+            merge_weights=args.merge_weights,
+            rule=args.rule,
+            proportional_decay=args.proportional_decay,
+        )
+        or make_plan(config)
+    )
     written, drawings = [], [args.draw] if args.draw else []
     if args.output:
         suffix = Path(args.output).suffix
@@ -382,8 +493,9 @@ def _run_plan(args: argparse.Namespace) -> Answer:
         written.append(path)
     summary = plan_summary(config, plan)
     height, width = config.image_size
-    lines = [f"{config.name} at {height}x{width}, weights {plan.weights}", *_figures(summary), *(f"wrote {path}" for path in written)]
-    return {"exit_code": 0, **summary, "outputs": written}, lines
+    lines = [f"{config.name} at {height}x{width}, weights {plan.weights}", *_figures(summary), *(found.lines() if found else ())]
+    answer = {"exit_code": 0, **summary, "outputs": written, **({"optimization": found.to_dict()} if found else {})}
+    return answer, lines + [f"wrote {path}" for path in written]
 
 
 def _run_verify(args: argparse.Namespace) -> Answer:
@@ -438,6 +550,47 @@ def _run_bench(args: argparse.Namespace) -> Answer:
     if args.document:
         result.outputs += update_document(result, Path(args.document))
     return {"exit_code": result.exit_code, **result.to_dict()}, result.lines()
+
+
+def _run_accuracy(args: argparse.Namespace) -> Answer:
+    from .accuracy import measure, read_run, update_document
+    from .accuracy.cells import DEFAULT
+    from .accuracy.report import combined
+
+    if args.earlier:
+        given = {"--checkpoint": args.checkpoint, "--methods": args.methods, "--plan": args.plan, "--latency": args.latency, "-o": args.output}
+        if idle := [option for option, value in given.items() if value]:
+            raise ConfigError(f"{', '.join(idle)} belong to --model; --from measures nothing")
+        runs = [read_run(folder) for folder in args.earlier]
+    else:
+        plans: dict[str, list[str]] = {}
+        for name, file in args.plan:
+            plans.setdefault(name, []).append(file)
+        runs = [
+            measure(
+                args.model,
+                args.output,
+                checkpoint=args.checkpoint,
+                weights=args.weights,
+                seed=args.seed,
+                methods=args.methods or DEFAULT,
+                token_layers=args.token_layers,
+                flops=args.flops,
+                plans=plans,
+                variants=args.variants,
+                images=args.images,
+                latency=None if args.latency is None else [*args.latency, *plans],
+                latency_batches=args.latency_batch,
+                device=args.device,
+                batch=args.batch,
+                minutes=args.minutes,
+                plugin_library=args.plugin_library,
+                show_progress=True,
+            )
+        ]
+    if args.document:
+        runs[-1].outputs += update_document(runs, args.document)
+    return {"exit_code": 0, **combined(runs)}, [line for run in runs for line in run.lines()]
 
 
 def _run_eval(args: argparse.Namespace) -> Answer:
@@ -511,7 +664,8 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable
     "export": ("weights + merge plan -> a verified .onnx or TensorRT engine", _export_parser, _run_export),
     "plan": ("make, explain and draw a merge plan", _plan_parser, _run_plan),
     "verify": ("compare a file with PyTorch or with saved outputs", _verify_parser, _run_verify),
-    "bench": ("time a file or models against rivals, with a gate", _bench_parser, _run_bench),
+    "bench": ("time a file or models against rivals, with a gate; `stm bench accuracy`: what merging costs in accuracy", _bench_parser, _run_bench),
+    "bench accuracy": ("what merging costs and buys: our plans, every rival and two controls in one table", _accuracy_parser, _run_accuracy),
     "eval": ("accuracy on ImageNet or your own images, several plans in one pass", _eval_parser, _run_eval),
     "inspect": ("explain an .onnx, an engine, a plan, a weights file", _inspect_parser, _run_inspect),
     "doctor": ("what is here, what works, what to do", _doctor_parser, _run_doctor),
@@ -523,7 +677,7 @@ def _parser(verb: str | None = None) -> argparse.ArgumentParser:
 
     if verb is not None:
         text, options, _ = _VERBS[verb]
-        parser = argparse.ArgumentParser(f"stm-{verb}", description=text, epilog=_EPILOG, allow_abbrev=False)
+        parser = argparse.ArgumentParser("stm-export" if verb == "export" else f"stm {verb}", description=text, epilog=_EPILOG, allow_abbrev=False)
         options(parser)
         parser.set_defaults(verb=verb)
     else:
@@ -535,6 +689,8 @@ def _parser(verb: str | None = None) -> argparse.ArgumentParser:
         )
         verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
         for name, (text, options, _) in _VERBS.items():
+            if " " in name:  # a verb of two words: see main
+                continue
             options(verbs.add_parser(name, help=text, description=text, epilog=_EPILOG, allow_abbrev=False))
     parser.add_argument("--version", action="version", version=f"stm {__version__}")
     return parser
@@ -542,7 +698,10 @@ def _parser(verb: str | None = None) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, verb: str | None = None) -> int:
     """Run the command line; returns the exit code."""
-    args = _parser(verb).parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if verb is None and (two := " ".join(words[:2])) in _VERBS and " " in two:
+        verb, words = two, words[2:]
+    args = _parser(verb).parse_args(words)
     try:
         answer, lines = _VERBS[args.verb][2](args)
     except StmError as error:

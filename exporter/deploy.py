@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import stm
-from stm import ConfigError, MergePlan, VisionMamba, make_plan, model_config, plan_summary
+from stm import ConfigError, MergePlan, VisionMamba, make_plan, model_config
 from stm.config import ImageSize
 from stm.plan import resolve_plan
+from stm.reduction import ReducedVim, Reduction, parse_reduction, with_reduction
 
 from .engine import BuildOptions, build_engine, deserialize, make_sidecar, process, require_gpu, require_tensorrt, sidecar_path
 from .engine_parity import engine_latency, verify_engine
 from .errors import ParityError
 from .files import Staging, check_writable
 from .libraries import load_plugin
-from .onnx_export import export_onnx
+from .onnx_export import export_onnx, summary_of
 from .parity import ParityReport, verify, write_report
 from .passes.cast_precision import PRECISIONS
 from .passes.tensorrt import lower_tensorrt
@@ -84,6 +85,20 @@ def choose_plan(
     return made if made.merges else None
 
 
+def choose_reduction(name: str, image_size: ImageSize, reduction: Reduction | str | None, **plan_options: Any) -> Reduction | None:
+    """A method that looks at the image, from its name (`stm.reduction.parse_reduction`) or ready-made.
+
+    Raises:
+        PlanError: a plan is asked for, too, or the method does not fit the model.
+    """
+    if reduction is None:
+        return None
+    if given := [option for option, value in plan_options.items() if value not in (None, False)]:
+        flags = ", ".join("--" + option.replace("_", "-") for option in given)
+        raise stm.PlanError(f"--reduction and {flags}: a method that looks at the image has no merge plan; give one of them")
+    return reduction if isinstance(reduction, Reduction) else parse_reduction(reduction, model_config(name, image_size))
+
+
 def load_model(
     name: str,
     *,
@@ -131,6 +146,7 @@ def export(
     merge_weights: str | None = None,
     rule: str | None = None,
     proportional_decay: bool = False,
+    reduction: Reduction | str | None = None,
     image_size: ImageSize = 224,
     num_classes: int | None = None,
     classes: list[str] | None = None,
@@ -152,6 +168,8 @@ def export(
     `.onnx` makes a portable ONNX file and, beside it, `NAME.reference/` with inputs and PyTorch's outputs in
     Polygraphy's format. A path without suffix, or with a separator at its end, is a directory that gets everything:
     model.onnx, plan.json, plan.png, reference/, parity.json.
+
+    `reduction` takes the plan's place: a method of `stm.reduction` that looks at the image, or its name.
 
     Nothing existing is overwritten unless everything succeeded. If parity fails, the suspect file is kept as
     `OUTPUT.failed`.
@@ -191,9 +209,9 @@ def export(
     with Steps(3 + engine * 2 + verify_output, show_progress) as steps:
         clock = time.perf_counter()
         with steps.step("loading weights"):
-            chosen = choose_plan(
-                name, image_size, rate=rate, plan=plan, merge_weights=merge_weights, rule=rule, proportional_decay=proportional_decay
-            )
+            how: dict[str, Any] = {"rate": rate, "plan": plan, "merge_weights": merge_weights, "rule": rule, "proportional_decay": proportional_decay}
+            method = choose_reduction(name, image_size, reduction, **how)
+            chosen = choose_plan(name, image_size, **how)
             model = load_model(
                 name,
                 checkpoint=checkpoint,
@@ -205,6 +223,7 @@ def export(
                 seed=seed,
                 pos_embed_resize=pos_embed_resize,
             )
+            model = model if method is None else with_reduction(model, method)
             clock = timed("load", clock)
         with steps.step("exporting"):
             proto = export_onnx(model, opset=opset, classes=classes)
@@ -217,7 +236,7 @@ def export(
             precision=precision,
             outputs=[str(target)],
             bytes=0,
-            summary=plan_summary(model.config, model.plan),
+            summary=summary_of(model),
             seconds=seconds,
         )
         with Staging(target.parent) as staging:
@@ -267,12 +286,14 @@ def export(
 
 
 def _stage_companions(folder: Path, staging: Staging, model: VisionMamba, result: ExportResult) -> list[str]:
-    from .drawing import draw_plan
+    made = []
+    if not isinstance(model, ReducedVim):  # which has no plan
+        from .drawing import draw_plan
 
-    plan = model.plan or make_plan(model.config)
-    plan.save(staging.path(folder / "plan.json"))
-    draw_plan(model.config, plan, staging.path(folder / "plan.png"))
-    made = [str(folder / "plan.json"), str(folder / "plan.png")]
+        plan = model.plan or make_plan(model.config)
+        plan.save(staging.path(folder / "plan.json"))
+        draw_plan(model.config, plan, staging.path(folder / "plan.png"))
+        made = [str(folder / "plan.json"), str(folder / "plan.png")]
     if result.parity is not None:
         write_report(staging.path(folder / "parity.json"), result.parity)
         made.append(str(folder / "parity.json"))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stm import ConfigError, MergePlan, VimConfig, plan_summary
 
@@ -27,7 +29,6 @@ def draw_plan(config: VimConfig, plan: MergePlan, path: str | Path, image: str |
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.patches import Rectangle
 
     plan.check_fits(config)
     path = Path(path)
@@ -36,33 +37,10 @@ def draw_plan(config: VimConfig, plan: MergePlan, path: str | Path, image: str |
     picture = load_image(image) if image is not None else photos()[1]
     height, width = config.image_size
     pixels = preprocess(picture, config.image_size, (0, 0, 0), (1, 1, 1)).transpose(1, 2, 0)
-    rows, columns = config.grid
     summary = plan_summary(config, plan)
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 6.2), width_ratios=(1.05, 1), layout="constrained")
-    left.imshow(np.clip(pixels, 0, 1), extent=(0, columns, rows, 0), aspect="auto" if rows * width == columns * height else None)
-    left.set_aspect(1)
-    groups = [token for token in list(plan.members())[-1] if len(token) > 1]
-    colours = plt.get_cmap("tab10")
-    for index, token in enumerate(groups):
-        # original position -> patch: the class token sits in the middle of the sequence
-        patches = [position - (position > plan.cls_index) for position in token]
-        kept = patches[0]  # members are listed target first
-        for patch in patches:
-            y, x = divmod(patch, columns)
-            left.add_patch(Rectangle((x, y), 1, 1, facecolor=(*colours(index % 10)[:3], 0.7), edgecolor="none"))
-        y, x = divmod(kept, columns)
-        left.add_patch(Rectangle((x + 0.06, y + 0.06), 0.88, 0.88, fill=False, edgecolor="black", linewidth=2))
-    if rows * columns <= 1024:
-        left.hlines(range(rows + 1), 0, columns, colors="white", linewidth=0.4, alpha=0.6)
-        left.vlines(range(columns + 1), 0, rows, colors="white", linewidth=0.4, alpha=0.6)
-    seam = config.cls_index
-    y, x = divmod(seam, columns)
-    left.plot([0, x, x, columns] if x else [0, columns], [y + 1, y + 1, y, y] if x else [y, y], color="crimson", linewidth=2)
-    left.set_xlim(0, columns)
-    left.set_ylim(rows, 0)
-    left.set_xticks([])
-    left.set_yticks([])
+    groups = draw_groups(left, config, plan, pixels)
     merged = sum(len(token) for token in groups)
     left.set_title(
         f"{merged} patches end as {len(groups)} merged tokens (one colour a token, the target outlined)\n"
@@ -93,3 +71,37 @@ def draw_plan(config: VimConfig, plan: MergePlan, path: str | Path, image: str |
         figure.savefig(aside, dpi=110, format="png")
     plt.close(figure)
     return path
+
+
+def draw_groups(axes: Any, config: VimConfig, plan: MergePlan, pixels: NDArray[np.floating]) -> list[list[int]]:
+    """Draw what becomes of each patch over an image (height, width, 3), 0..1: patches that end as one token in one colour, the target
+    outlined, the class token's place as a red line. Returns the merged tokens' members."""
+    from matplotlib import colormaps
+    from matplotlib.patches import Rectangle
+
+    height, width = config.image_size
+    rows, columns = config.grid
+    axes.imshow(np.clip(pixels, 0, 1), extent=(0, columns, rows, 0), aspect="auto" if rows * width == columns * height else None)
+    axes.set_aspect(1)
+    groups = [token for token in list(plan.members())[-1] if len(token) > 1]
+    colours = colormaps["tab10"]
+    for index, token in enumerate(groups):
+        # original position -> patch: the class token sits in the middle of the sequence
+        patches = [position - (position > plan.cls_index) for position in token]
+        kept = patches[0]  # members are listed target first
+        for patch in patches:
+            y, x = divmod(patch, columns)
+            axes.add_patch(Rectangle((x, y), 1, 1, facecolor=(*colours(index % 10)[:3], 0.7), edgecolor="none"))
+        y, x = divmod(kept, columns)
+        axes.add_patch(Rectangle((x + 0.06, y + 0.06), 0.88, 0.88, fill=False, edgecolor="black", linewidth=2))
+    if rows * columns <= 1024:
+        axes.hlines(range(rows + 1), 0, columns, colors="white", linewidth=0.4, alpha=0.6)
+        axes.vlines(range(columns + 1), 0, rows, colors="white", linewidth=0.4, alpha=0.6)
+    seam = config.cls_index
+    y, x = divmod(seam, columns)
+    axes.plot([0, x, x, columns] if x else [0, columns], [y + 1, y + 1, y, y] if x else [y, y], color="crimson", linewidth=2)
+    axes.set_xlim(0, columns)
+    axes.set_ylim(rows, 0)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    return groups

@@ -382,6 +382,7 @@ def make_sidecar(model: onnx.ModelProto, blob: bytes, options: BuildOptions, inf
         "ema": json.loads(meta["ema"]),
         "pos_embed_resize": meta["pos_embed_resize"],
         "plan": json.loads(meta["plan"]) if meta["plan"] else None,
+        "reduction": json.loads(meta["reduction"]) if meta.get("reduction") else None,
         "seqlen": json.loads(meta["seqlen"]),
         "tokens_left": int(meta["tokens_left"]),
         "token_layers_removed": int(meta["token_layers_removed"]),

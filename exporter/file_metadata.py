@@ -61,6 +61,8 @@ def parse_metadata(path: Path, model: onnx.ModelProto) -> dict[str, Any]:
         seed = json.loads(meta.get("seed") or "null")
         _require((type(seed) is int and abs(seed) < 1 << 63) if random else seed is None, "seed")
         plan = json.loads(meta["plan"]) if meta["plan"] else None
+        reduction = json.loads(meta["reduction"]) if meta.get("reduction") else None
+        _require(reduction is None or (isinstance(reduction, dict) and isinstance(reduction.get("schedule"), dict)), "reduction")
         classes = json.loads(meta["classes"]) if meta.get("classes") else None
         _require(classes is None or (isinstance(classes, list) and len(classes) == num_classes), "classes")
         seqlen = json.loads(meta["seqlen"])
@@ -79,4 +81,5 @@ def parse_metadata(path: Path, model: onnx.ModelProto) -> dict[str, Any]:
         "classes": classes,
         "seqlen": seqlen,
         "plan": plan,
+        "reduction": reduction,
     }

@@ -17,6 +17,7 @@ import torch
 from onnxscript import opset18, values
 
 from stm import VisionMamba, __version__, plan_summary, state_dict_sha256
+from stm.reduction import ReducedVim, reduction_summary
 
 from .errors import ExportError
 from .images import CROP_RATIO, class_names
@@ -127,10 +128,15 @@ def lower_portable(model: onnx.ModelProto) -> onnx.ModelProto:
     return lowered
 
 
+def summary_of(model: VisionMamba) -> dict[str, Any]:
+    """The figures of a model's plan, or of the method that reduces its tokens."""
+    return reduction_summary(model.reduction) if isinstance(model, ReducedVim) else plan_summary(model.config, model.plan)
+
+
 def metadata(model: VisionMamba, precision: str, classes: list[str] | None = None) -> dict[str, str]:
     """What the file says about itself; read by `stm inspect`, the samples and the engine's sidecar."""
     config, provenance = model.config, model.provenance
-    summary = plan_summary(config, model.plan)
+    summary = summary_of(model)
     names = classes or class_names(model)
     if names is not None and len(names) != config.num_classes:
         raise ExportError(f"{len(names)} class names for {config.num_classes} classes; give one a class")
@@ -152,6 +158,7 @@ def metadata(model: VisionMamba, precision: str, classes: list[str] | None = Non
         "stm.pos_embed_resize": provenance.pos_embed_resize if provenance else "correct",
         "stm.weights_sha256": state_dict_sha256(model.state_dict()),
         "stm.plan": json.dumps(model.plan.to_dict()) if model.plan is not None else "",
+        "stm.reduction": json.dumps(model.reduction.describe()) if isinstance(model, ReducedVim) else "",
         "stm.seqlen": json.dumps(summary["seqlen"]),
         "stm.tokens_left": str(summary["tokens_left"]),
         "stm.token_layers_removed": str(summary["token_layers_removed"]),
@@ -164,8 +171,8 @@ def metadata(model: VisionMamba, precision: str, classes: list[str] | None = Non
 
 
 def export_onnx(model: VisionMamba, *, opset: int = 18, classes: list[str] | None = None) -> onnx.ModelProto:
-    """Export a model and its plan to a portable float32 ONNX model: input `images` (batch, 3, height, width), normalised;
-    output `logits` (batch, num_classes); dynamic batch.
+    """Export a model and its plan, or a `stm.reduction.ReducedVim`, to a portable float32 ONNX model: input `images`
+    (batch, 3, height, width), normalised; output `logits` (batch, num_classes); dynamic batch.
 
     Raises:
         ExportError: torch cannot export it, or the result breaks a promise of `check_portable`.

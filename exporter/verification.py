@@ -68,6 +68,10 @@ def verify_file(
         ema=ema or bool(meta.get("ema")),
         pos_embed_resize=meta.get("pos_embed_resize", "correct"),
     )
+    if meta.get("reduction"):
+        from stm.reduction import from_description, with_reduction
+
+        model = with_reduction(model, from_description(meta["reduction"], model.config))
     found = state_dict_sha256(model.state_dict())
     if found != meta["weights_sha256"]:
         raise ArtefactError(

@@ -2,13 +2,13 @@
 # All GPU checks in one call, on a machine with an NVIDIA GPU, nvcc, cmake, TensorRT (Python package and library) and its
 # headers: builds the libraries, runs the kernel test, the sanitizers, every test marked `gpu`, and prints short tables last.
 #   usage: tests/gpu.sh [OUT]        OUT: folder for logs and rows.jsonl (default build/gpu)
-#   TENSORRT_INCLUDE_DIR: TensorRT's headers.  STM_GPU_PARTS: what to run (default "engines accuracy soak latency bench kernels
-#   sanitizers").  STM_GPU_SOAK_SECONDS: how long the soaks last (default 60)
+#   TENSORRT_INCLUDE_DIR: TensorRT's headers.  STM_GPU_PARTS: what to run (default "engines accuracy soak latency
+#   reductions bench kernels sanitizers"; STM_GPU_REDUCTIONS: which methods).  STM_GPU_SOAK_SECONDS: how long the soaks last (default 60)
 # Parity and build tests run in a dozen processes at once; what is timed or watches memory runs alone, after them.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "${1:-build/gpu}" && cd "${1:-build/gpu}" && pwd)
-parts=" ${STM_GPU_PARTS:-engines accuracy soak latency bench kernels sanitizers} "
+parts=" ${STM_GPU_PARTS:-engines accuracy soak latency reductions bench kernels sanitizers} "
 include=${TENSORRT_INCLUDE_DIR:?set TENSORRT_INCLUDE_DIR to the folder of NvInfer.h}
 : > "$out/summary.txt"; rm -f "$out/rows.jsonl" "$out/failed"
 note() { printf '%-20s %s\n' "$1" "$2" | tee -a "$out/summary.txt"; }
@@ -52,6 +52,7 @@ case "$parts" in *" soak "*)  # alone: the card's free memory is compared before
   step kernel-soak "$kernel_test" --soak "${STM_GPU_SOAK_SECONDS:-60}" ;;
 esac
 case "$parts" in *" latency "*) step latency gpu_tests tests/gpu/test_latency.py ;; esac
+case "$parts" in *" reductions "*) step reductions gpu_tests tests/gpu/test_reductions.py ;; esac
 case "$parts" in *" bench "*) step bench gpu_tests tests/gpu/test_bench.py ;; esac
 case "$parts" in *" kernels "*)
   step kernels "$kernel_test"

@@ -2,5 +2,6 @@
 
 Export: fold_weights, name_tensors, strip_metadata (on the exporter's ModelProto, which alone holds module scopes), then
 portable (onnx-graphsurgeon): bodies attached.
-TensorRT: detach_bodies, fuse_patch_embed, fuse_mixer, fuse_add_norm, cast_precision (onnx-graphsurgeon), run and checked by tensorrt.
+TensorRT (onnx-graphsurgeon): detach_bodies, fuse_patch_embed, fuse_aligned, fuse_mixer, gather_rows, fuse_add_norm,
+cast_precision, run and checked by tensorrt.
 """

@@ -2,7 +2,9 @@
 
 Before: a float32 graph of fused ops. After, for fp16 and bf16: GEMMs, among them the patch embedding, and the plugins'
 activations are in that type; the residual stream, norm weights, A, D, biases of conv and delta, the merge weights and the scan's state stay in
-float32 (facts: they are what breaks in half precision). Input `images` and output `logits` stay float32.
+float32 (facts: they are what breaks in half precision). Input `images` and output `logits` stay float32. So do products of two
+computed tensors, which are the similarities and averages of methods that look at the image: what they decide is not decided by
+rounding.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from ..errors import ExportError
 from ..op_schema import OPS
 
 PRECISIONS = ("fp32", "fp16", "bf16")
-_TRANSPARENT = ("Reshape", "Transpose", "Slice", "Gather")  # move values, whatever their type
+_TRANSPARENT = ("Reshape", "Transpose", "Slice", "Split", "Gather", "GatherElements", "GatherND", "Pad")  # move values, whatever their type
 _ONNX_TYPE = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
 
 
@@ -73,11 +75,13 @@ def cast_precision(graph: gs.Graph, precision: str) -> gs.Graph:
                 if operand.type == "T":
                     node.inputs[index] = to_half(node.inputs[index])
             made = [out for out, operand in zip(node.outputs, spec.outputs, strict=False) if operand.type == "T"]
-        elif node.op in ("MatMul", "Gemm", "Conv"):
+        elif node.op in ("Gemm", "Conv") or (node.op == "MatMul" and any(isinstance(tensor, gs.Constant) for tensor in node.inputs)):
             for index in range(len(node.inputs)):
                 node.inputs[index] = to_half(node.inputs[index])
             made = list(node.outputs)
         elif node.op in _TRANSPARENT and node.inputs[0].name in in_half:
+            if node.op == "Pad":
+                node.inputs[2] = to_half(node.inputs[2])
             made = list(node.outputs)
         else:
             floats = [i for i, tensor in enumerate(node.inputs) if tensor.name in in_half]

@@ -3,6 +3,8 @@
 Before: Add(residual, GEMM) [-> StmMergeTokens] -> StmRmsNorm. The GEMM is a layer's out_proj; before the first norm it is the
 patch embedding, and the residual the table of fuse_patch_embed; before the last one the residual is cut to the class token.
 After: one node a norm. TensorRT would keep add and norm in two kernels, because the sum has two readers.
+
+Methods that look at the image (stm.reduction) move and scale rows of both operands first; that stays in ops of the runtime.
 """
 
 from __future__ import annotations
@@ -15,11 +17,23 @@ from .tensorrt_common import Array, check_domain, constant, plugin_node, produce
 
 
 def _operands(add: gs.Node) -> tuple[gs.Tensor, gs.Tensor] | None:
-    """(residual, hidden) of an Add whose hidden operand comes from a MatMul; None for another Add."""
+    """(residual, hidden) of an Add whose hidden operand comes from a GEMM; None for another Add."""
     for residual, hidden in (add.inputs, add.inputs[::-1]):
-        if hidden.inputs and hidden.inputs[0].op == "MatMul":
+        if _is_from_gemm(hidden):
             return residual, hidden
     return None
+
+
+def _is_from_gemm(tensor: gs.Tensor) -> bool:
+    """Whether a GEMM makes a tensor, its rows moved or scaled at most."""
+    node = tensor.inputs[0] if tensor.inputs else None
+    if node is None:
+        return False
+    if node.op == "MatMul":
+        return isinstance(node.inputs[1], gs.Constant)
+    if node.op == "Mul":
+        return any(_is_from_gemm(operand) for operand in node.inputs)
+    return node.op in ("Gather", "GatherElements", "GatherND") and _is_from_gemm(node.inputs[0])
 
 
 def _edge(sources: list[int], targets: list[int], length: int) -> tuple[int, int] | None:

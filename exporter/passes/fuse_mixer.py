@@ -5,6 +5,10 @@ gated by silu(z)/2, and StmMergeWeights nodes that read this layer's delta and B
 token.
 After: StmConvXProj(xz) -> x_dbl, StmMambaScan(xz, x_dbl) -> y, merge weights; the half is folded into out_proj, exactly.
 The plugin takes the whole outputs of the GEMMs, because TensorRT merges GEMMs on one input and pays copies to cut them apart.
+
+Methods that look at the image (stm.reduction) read more of a layer: delta, B or C, which become pieces of x_dbl; or the output
+of one direction, which the plugin adds up and gates. Such a layer gets a StmMambaScan a direction, the other one silenced by
+zero weights and the gate held at a constant, and adds and gates in ops of the runtime: one more scan than the plan's.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ class _Direction:
     """One direction of a mixer, as found in the graph. Token range of the sequence: start..stop (None: to the end)."""
 
     scan: gs.Node
+    split: gs.Node  # of in_proj's output
+    parts: gs.Node  # Split of x_proj's output
     xz: gs.Tensor
     z: gs.Tensor
     start: int
@@ -60,6 +66,8 @@ def _read_direction(scan: gs.Node) -> _Direction:
         raise ExportError(f"tensorrt: {where}: x_proj does not read the convolution's output")
     return _Direction(
         scan=scan,
+        split=split,
+        parts=parts,
         xz=split.inputs[0],
         z=split.outputs[1],
         start=start,
@@ -101,10 +109,16 @@ def _is_half_silu(tensor: gs.Tensor, z: gs.Tensor, where: str) -> bool:
     return False
 
 
-def _both(forward: Array, backward: Array, name: str) -> Array:
+def both(forward: Array, backward: Array, name: str) -> Array:
     if forward.shape != backward.shape:
         raise ExportError(f"tensorrt: {name} has shape {forward.shape} forward and {backward.shape} backward")
     return np.stack([forward, backward])
+
+
+def both_directions(name: str, suffix: str = "", **arrays: tuple[Array, Array]) -> dict[str, gs.Constant]:
+    """A mixer's constants (2, ...) by key; one object each, for several nodes may read them."""
+    called = {"A": "A_both", "D": "D_both"}
+    return {key: constant(f"{name}.{called.get(key, key)}{suffix}", both(*pair, f"{name}.{key}")) for key, pair in arrays.items()}
 
 
 def _merge_weight_nodes(direction: _Direction) -> list[tuple[gs.Node, int]]:
@@ -157,11 +171,75 @@ def _replace_weights(graph: gs.Graph, name: str, directions: tuple[_Direction, _
     return WEIGHT_MODE_NUMBERS[modes.pop()], np.asarray(pairs, dtype=np.int32), joined
 
 
+def _is_read_alone(scan: gs.Node) -> bool:
+    """Whether something beside the sum of the directions reads a scan's output."""
+    return len(scan.outputs[0].outputs) > 1
+
+
+def _sum_of_directions(first: gs.Node, name: str) -> tuple[gs.Node, gs.Tensor, int]:
+    """(the Add of both directions, the forward one's operand of it, the token that it starts with)."""
+    summed, cls_start = _after_slice(first.outputs[0])
+    adds = [node for node in summed.outputs if node.op == "Add" and through_slice(_other(node, summed))[0].inputs[0].op in _SCANS_BACK]
+    if len(adds) != 1:
+        raise ExportError(f"tensorrt: {name}: {len(adds)} sums of the two directions, expected one")
+    return adds[0], summed, cls_start
+
+
+_GATE = 1.28125  # silu is about 1 there, and fp16 and bf16 have this number
+_GATED = _GATE / (1 + float(np.exp(-_GATE)))
+
+
+def scan_alone(graph: gs.Graph, name: str, index: int, x: gs.Tensor, x_dbl: gs.Tensor, y: gs.Tensor, weights: dict[str, gs.Constant]) -> None:
+    """Make y (batch, seqlen, d_inner), one direction's output before the gate, by a StmMambaScan that hears nothing else.
+
+    Args:
+        index: 0 forward, 1 backward.
+        x: (batch, seqlen, d_inner), what the direction's convolution reads.
+        weights: conv_weight, conv_bias, dt_weight, dt_bias, A and D of both directions.
+    """
+    alone, inner = name + ("", "_b")[index], weights["A"].shape[1]
+    held, gated = gs.Variable(f"{alone}.held_gate", np.float32), gs.Variable(f"{alone}.y_gated", np.float32)
+    pads, level = constant(f"{alone}.gate_pads", np.asarray([0, 0, 0, 0, 0, inner])), constant(f"{alone}.gate_level", np.asarray(_GATE, np.float32))
+    graph.nodes.append(gs.Node("Pad", f"{alone}.hold_gate/Pad", {"mode": "constant"}, [x, pads, level], [held]))
+    constants = []
+    for key, tensor in weights.items():
+        if key.startswith("conv"):  # the other direction's input is then silu(0) = 0
+            array = tensor.values.copy()
+            array[1 - index] = 0
+            tensor = constant(f"{alone}.{key}_alone", array)
+        constants.append(tensor)
+    graph.nodes.append(plugin_node("StmMambaScan", f"{name}.mamba_scan{('', '_b')[index]}", [held, x_dbl, *constants], [gated]))
+    gain = constant(f"{alone}.gate_gain", np.asarray(1 / _GATED, np.float32))
+    y.inputs.clear()
+    graph.nodes.append(gs.Node("Mul", f"{alone}.release_gate/Mul", {}, [gated, gain], [y]))
+
+
+def conv_xproj(graph: gs.Graph, name: str, xz: gs.Tensor, weights: dict[str, gs.Constant], x_proj: Array) -> gs.Tensor:
+    """x_dbl (2, batch, seqlen, row) of both directions; x_proj (2, dt_rank + 2 d_state, d_inner)."""
+    row = -(-x_proj.shape[1] // 8) * 8
+    padded = np.zeros((2, row, x_proj.shape[2]), dtype=np.float32)
+    padded[:, : x_proj.shape[1]] = x_proj
+    x_dbl = gs.Variable(f"{name}.x_dbl", np.float32, (2, "batch", None, row))
+    inputs = [xz, weights["conv_weight"], weights["conv_bias"], constant(f"{name}.x_proj_weight", padded)]
+    graph.nodes.append(plugin_node("StmConvXProj", f"{name}.conv_xproj", inputs, [x_dbl]))
+    return x_dbl
+
+
+def x_dbl_part(graph: gs.Graph, name: str, index: int, x_dbl: gs.Tensor, columns: int) -> gs.Tensor:
+    """One direction's dt, B and C (batch, seqlen, columns); a node that nobody reads goes with the clean-up."""
+    alone = name + ("", "_b")[index]
+    one, part = gs.Variable(f"{alone}.x_dbl_one", np.float32), gs.Variable(f"{alone}.x_dbl_part", np.float32)
+    ends = [constant(f"{alone}.x_dbl_{key}", np.asarray([v])) for key, v in (("start", 0), ("stop", columns), ("axis", 2))]
+    which = constant(f"{alone}.x_dbl_index", np.asarray(index))
+    graph.nodes.append(gs.Node("Gather", f"{alone}.x_dbl_one/Gather", {"axis": 0}, [x_dbl, which], [one]))
+    graph.nodes.append(gs.Node("Slice", f"{alone}.x_dbl_part/Slice", {}, [one, *ends], [part]))
+    return part
+
+
 def _fuse(graph: gs.Graph, forward: gs.Node) -> None:
     name = forward.name.rpartition(".scan/")[0] or forward.name
     first = _read_direction(forward)
-    summed, cls_start = _after_slice(first.scan.outputs[0])
-    add = only_consumer(summed, "Add", where=name)
+    add, summed, cls_start = _sum_of_directions(forward, name)
     back_out, _, _ = through_slice(_other(add, summed))
     second = _read_direction(producer(back_out, *_SCANS_BACK, where=name))
     if second.xz is not first.xz:
@@ -181,25 +259,25 @@ def _fuse(graph: gs.Graph, forward: gs.Node) -> None:
     mode, pairs, weights = _replace_weights(graph, name, (first, second))
 
     rank, state = first.dt_weight.shape[1], first.A.shape[1]
-    row = -(-(rank + 2 * state) // 8) * 8
-    x_proj = np.zeros((2, row, first.x_proj.shape[1]), dtype=np.float32)
-    x_proj[:, : rank + 2 * state] = _both(first.x_proj, second.x_proj, f"{name}.x_proj")
-    conv_weight = constant(f"{name}.conv_weight", _both(first.conv_weight, second.conv_weight, f"{name}.conv1d"))
-    conv_bias = constant(f"{name}.conv_bias", _both(first.conv_bias, second.conv_bias, f"{name}.conv1d"))
-    x_dbl = gs.Variable(f"{name}.x_dbl", np.float32, (2, "batch", None, row))
-    graph.nodes.append(
-        plugin_node("StmConvXProj", f"{name}.conv_xproj", [first.xz, conv_weight, conv_bias, constant(f"{name}.x_proj_weight", x_proj)], [x_dbl])
+    weight = both_directions(
+        name,
+        conv_weight=(first.conv_weight, second.conv_weight),
+        conv_bias=(first.conv_bias, second.conv_bias),
+        dt_weight=(first.dt_weight, second.dt_weight),
+        dt_bias=(first.dt_bias, second.dt_bias),
+        A=(first.A, second.A),
+        D=(first.D, second.D),
     )
-    inputs = [
-        first.xz,
-        x_dbl,
-        conv_weight,
-        conv_bias,
-        constant(f"{name}.dt_weight", _both(first.dt_weight, second.dt_weight, f"{name}.dt_proj")),
-        constant(f"{name}.dt_bias", _both(first.dt_bias, second.dt_bias, f"{name}.dt_proj.bias")),
-        constant(f"{name}.A_both", _both(first.A, second.A, f"{name}.A")),
-        constant(f"{name}.D_both", _both(first.D, second.D, f"{name}.D")),
-    ]
+    x_dbl = conv_xproj(graph, name, first.xz, weight, both(first.x_proj, second.x_proj, f"{name}.x_proj"))
+    for index, direction in enumerate((first, second)):
+        direction.parts.inputs[0] = x_dbl_part(graph, name, index, x_dbl, rank + 2 * state)
+    if _is_read_alone(first.scan) or _is_read_alone(second.scan):
+        if cls_index >= 0 or weights is not None or scale is not None:
+            raise ExportError(f"tensorrt: {name}: the directions are read apart in a layer of a merge plan or of the class token alone")
+        for index, direction in enumerate((first, second)):
+            scan_alone(graph, name, index, first.split.outputs[0], x_dbl, direction.scan.outputs[0], weight)
+        return
+    inputs = [first.xz, x_dbl, *weight.values()]
     y = gs.Variable(f"{name}.y", np.float32, gated.outputs[0].shape)
     outputs = [y]
     if weights is not None and pairs is not None:
@@ -210,9 +288,10 @@ def _fuse(graph: gs.Graph, forward: gs.Node) -> None:
     graph.nodes.append(
         plugin_node("StmMambaScan", f"{name}.mamba_scan", inputs, outputs, cls_index=cls_index, weight_mode=mode, scaled_decay=int(scale is not None))
     )
-    out_proj = only_consumer(gated.outputs[0], "MatMul", where=name)
+    reader = only_consumer(gated.outputs[0], "MatMul", "GatherElements", where=name)
+    reader.inputs[0] = y  # a GatherElements picks the class token where the image decides its place
+    out_proj = reader if reader.op == "MatMul" else only_consumer(reader.outputs[0], "MatMul", where=name)
     out_proj.inputs[1] = constant(out_proj.inputs[1].name + "_half", value(out_proj.inputs[1], name) * np.float32(0.5))
-    out_proj.inputs[0] = y
 
 
 def fuse_mixer(graph: gs.Graph) -> gs.Graph:

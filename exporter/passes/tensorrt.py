@@ -1,6 +1,7 @@
 """The `tensorrt` lowering: a portable model -> one whose patches, mixers, merges and norms are nodes of our plugin.
 
-detach_bodies, fuse_patch_embed, fuse_mixer, fuse_add_norm, cast_precision, then a check: what should be ours is ours, nothing else is.
+detach_bodies, fuse_patch_embed, fuse_aligned, fuse_mixer, gather_rows, fuse_add_norm, cast_precision, then a check:
+what should be ours is ours, nothing else is.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from ..op_schema import DOMAIN, OPS
 from .cast_precision import cast_precision
 from .detach_bodies import detach_bodies
 from .fuse_add_norm import fuse_add_norm
+from .fuse_aligned import fuse_aligned
 from .fuse_mixer import fuse_mixer
 from .fuse_patch_embed import fuse_patch_embed
+from .gather_rows import gather_rows
 
 
 def lower_tensorrt(model: onnx.ModelProto, precision: str = "fp32") -> onnx.ModelProto:
@@ -24,7 +27,7 @@ def lower_tensorrt(model: onnx.ModelProto, precision: str = "fp32") -> onnx.Mode
         ExportError: the model is not a portable ViM export; says what differs and where.
     """
     graph = gs.import_onnx(model)
-    for step in (detach_bodies, fuse_patch_embed, fuse_mixer, fuse_add_norm):
+    for step in (detach_bodies, fuse_patch_embed, fuse_aligned, fuse_mixer, gather_rows, fuse_add_norm):
         graph = step(graph)
     graph = cast_precision(graph, precision)
     check_lowered(graph)
@@ -56,9 +59,10 @@ def check_lowered(graph: gs.Graph) -> None:
             if node.op not in OPS or not OPS[node.op].fused:
                 raise ExportError(f"tensorrt: node {node.name!r} is {node.op}, which the plugin does not have")
             counts[node.op] = counts.get(node.op, 0) + 1
-    layers = counts.get("StmMambaScan", 0)
-    expected = {"StmPatchRows": 1, "StmConvXProj": layers, "StmMambaScan": layers, "StmAddMergeNorm": layers + 1}
-    if not layers or counts != expected:
+    layers, scans = counts.get("StmConvXProj", 0), counts.get("StmMambaScan", 0)
+    expected = {"StmPatchRows": 1, "StmConvXProj": layers, "StmMambaScan": scans, "StmAddMergeNorm": layers + 1}
+    if not layers or not layers <= scans <= 2 * layers or counts != expected:
         raise ExportError(
-            f"tensorrt: {counts}; a ViM has one StmPatchRows, a StmConvXProj and a StmMambaScan a layer, a StmAddMergeNorm before each and one after"
+            f"tensorrt: {counts}; a ViM has one StmPatchRows, a StmConvXProj and a StmMambaScan a layer (two where a method reads the "
+            "directions apart), a StmAddMergeNorm before each and one after"
         )

@@ -50,7 +50,7 @@ def through_slice(tensor: gs.Tensor) -> tuple[gs.Tensor, int, int | None]:
 
 
 def constant(name: str, array: Array) -> gs.Constant:
-    return gs.Constant(name, np.ascontiguousarray(array))
+    return gs.Constant(name, np.ascontiguousarray(array).reshape(np.shape(array)))  # numpy makes a scalar a vector
 
 
 def plugin_node(op: str, name: str, inputs: list[gs.Tensor], outputs: list[gs.Tensor], **attributes: int | float | str) -> gs.Node:

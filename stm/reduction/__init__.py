@@ -1,7 +1,7 @@
 """Token reduction that looks at the image: the rivals of merge plans, re-implemented from their descriptions.
 
 `create_reduction` makes a method from a name and a preset, `ReducedVim` (or `with_reduction`) runs a model under it,
-`freeze` turns it into a MergePlan. Exported with `exporter.onnx_export.trace` and `lower_portable`.
+`freeze` turns it into a MergePlan. `exporter.onnx_export.export_onnx` exports a ReducedVim as it does a merged model.
 """
 
 from .base import Reduced, Reduction, ScanState, Selection, Tokens
@@ -19,8 +19,10 @@ from .registry import (
     PRESETS,
     create_reduction,
     even_schedule,
+    from_description,
     list_reductions,
     method_schedule,
+    parse_reduction,
     schedule_text,
     schedules_table,
 )
@@ -53,12 +55,14 @@ __all__ = [
     "create_reduction",
     "even_schedule",
     "freeze",
+    "from_description",
     "interval_layers",
     "keep_schedule",
     "list_reductions",
     "matching_flops",
     "merge_matrix_flops",
     "method_schedule",
+    "parse_reduction",
     "reduction_gflops_paper",
     "reduction_gflops_true",
     "reduction_summary",

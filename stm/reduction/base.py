@@ -1,11 +1,14 @@
-"""The interface of token reduction that looks at the image: scores, a constant count, sorted positions, a merge matrix.
+"""The interface of token reduction that looks at the image: scores, a constant count, positions, rows moved and averaged.
 
 A method says before a layer l >= 1 which tokens go (`select`); the rest is common to all and made of ops with static
-shapes (TopK with constant k, comparisons, MatMul), so that one exporter covers every method:
+shapes (TopK with constant k, comparisons, row gathers, small products), so that one exporter covers every method:
 
-    keep = the positions that stay, in order          (TopK of a key)
-    S    = kept + kept into^T gone                    (N_out x N_in, 0/1: who goes where)
-    x    = (S weighted, rows summing to 1) x,   sizes = S sizes
+    keep_i = i + (how many of the r that go lie before it)          comparisons, nothing is sorted
+    T_ij   = 1 where gone token j joins kept token i                (N_out x r)
+    x_i    = (s_i x_keep_i + sum_j T_ij s_j x_gone_j) / (s_i + sum_j T_ij s_j)
+
+The stream is residual + hidden, hidden the part that the layer before added. Kept rows of both are moved as they are and
+added last, so that add and norm stay one step in an engine, and a token that takes nothing in stays exact.
 
 Re-implemented from published descriptions; each method's file says how it reads them.
 """
@@ -13,8 +16,8 @@ Re-implemented from published descriptions; each method's file says how it reads
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,19 +50,26 @@ class Tokens:
     """What a method sees before a layer; positions are those of the layer before.
 
     Args:
-        x: (batch, seqlen, d_model), the residual stream after the add, float32 or wider.
-        hidden: (batch, seqlen, d_model), the part of x that the layer before added.
+        residual: (batch, seqlen, d_model), the residual stream before the add, float32 or wider.
+        hidden: (batch, seqlen, d_model), what the layer before adds to it.
         forward_state, backward_state: of the layer before.
         sizes: (batch or 1, seqlen), originals that each token stands for.
         cls: position of the class token.
+
+    Attributes:
+        x: residual + hidden.
     """
 
-    x: Tensor
+    residual: Tensor
     hidden: Tensor
     forward_state: ScanState
     backward_state: ScanState
     sizes: Tensor
     cls: ClsIndex
+    x: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "x", self.residual + self.hidden)
 
 
 @dataclass(frozen=True)
@@ -79,15 +89,24 @@ class Reduced:
         sizes: (batch or 1, seqlen_out).
         cls: position of the class token now.
         keep: (batch or 1, seqlen_out), the position that each token had before.
-        assignment: (batch or 1, seqlen_out, seqlen_in), 1 where an input is part of an output; an empty column is a
-            dropped token.
+        selection: what went, and into what.
+        seqlen_in: tokens before the step.
     """
 
     x: Tensor
     sizes: Tensor
     cls: ClsIndex
     keep: Tensor
-    assignment: Tensor
+    selection: Selection
+    seqlen_in: int
+
+    @property
+    def assignment(self) -> Tensor:
+        """(batch or 1, seqlen_out, seqlen_in), 1 where an input is part of an output; an empty column is a dropped token."""
+        kept = one_hot(self.keep, self.seqlen_in, self.x)
+        if self.selection.into is None:
+            return kept
+        return kept + torch.matmul(joins(self.keep, self.selection.into, self.x), one_hot(self.selection.gone, self.seqlen_in, self.x))
 
 
 class Reduction(nn.Module):
@@ -102,6 +121,8 @@ class Reduction(nn.Module):
         aligned: the scan goes on at the removed positions (decay kept, no input); see `hidden_state_alignment`.
         side_counts: (left, right) removed before a layer where that is known beforehand, so that the class token's
             position is a number.
+        options: what `create_reduction` made it with beside the schedule; None where it did not.
+        method: its name there.
 
     Raises:
         PlanError: a layer or count that does not fit; names both values.
@@ -114,6 +135,7 @@ class Reduction(nn.Module):
     def __init__(self, config: VimConfig, schedule: Mapping[int, int]) -> None:
         super().__init__()
         self.config = config
+        self.method, self.options = self.name, cast("dict[str, Any] | None", None)
         self.schedule = {layer: int(count) for layer, count in sorted(schedule.items()) if count}
         length = config.seqlen
         for layer, count in self.schedule.items():
@@ -148,6 +170,10 @@ class Reduction(nn.Module):
         """Cost of one step on `length` tokens, in the convention of `stm.flops`; 0 where nobody publishes one."""
         return 0
 
+    def describe(self) -> dict[str, Any]:
+        """What makes it again (`stm.reduction.from_description`), as JSON has it; options are None where nobody noted them."""
+        return {"method": self.method, "schedule": {str(layer): count for layer, count in self.schedule.items()}, "options": self.options}
+
     def select(self, layer: int, tokens: Tokens) -> Selection:
         """Which tokens go before `layer`, `schedule[layer]` of them, never the class token."""
         raise NotImplementedError
@@ -164,42 +190,94 @@ class Reduction(nn.Module):
         """Key by which kept tokens (class token apart where `cls_place` says so) are lined up: position, i.e. order kept."""
         return list(range(length))
 
-    def combine(self, tokens: Tokens, selection: Selection, assignment: Tensor) -> Tensor:
-        """Merged tokens (batch, seqlen_out, d_model): here the size-weighted mean (of one token: itself)."""
-        return mean(tokens.x, assignment, tokens.sizes)
+    def shares(self, tokens: Tokens, selection: Selection, sizes: Tensor, taken: Tensor) -> Shares:
+        """How residual and hidden rows are averaged where tokens merge: here by size.
+
+        Args:
+            sizes: (batch or 1, seqlen_out), of the kept tokens before the step.
+            taken: (batch or 1, seqlen_out, r), 1 where a token that goes joins a kept one.
+        """
+        added = taken * values_at(tokens.sizes, selection.gone).unsqueeze(1)
+        return Shares.mean(sizes, added)
 
     def forward(self, layer: int, tokens: Tokens) -> Reduced:
         """Reduce the tokens before `layer`; without an entry in the schedule there is nothing to call this for."""
         selection = self.select(layer, tokens)
         keep, cls = self._line_up(layer, tokens, selection)
-        length = tokens.x.shape[1]
-        kept = one_hot(keep, length, tokens.x)
-        assignment = kept
+        sizes = values_at(tokens.sizes, keep)
+        residual, hidden = take(tokens.residual, keep), take(tokens.hidden, keep)
         if selection.into is not None:
-            taken = torch.matmul(kept, one_hot(selection.into, length, tokens.x).transpose(1, 2))  # (batch, seqlen_out, r)
-            assignment = kept + torch.matmul(taken, one_hot(selection.gone, length, tokens.x))
-        sizes = torch.matmul(assignment, tokens.sizes.unsqueeze(-1)).squeeze(-1)
-        return Reduced(self.combine(tokens, selection, assignment), sizes, cls, keep, assignment)
+            taken = joins(keep, selection.into, tokens.residual)
+            shares = self.shares(tokens, selection, sizes, taken)
+            gone = (take(tokens.residual, selection.gone), take(tokens.hidden, selection.gone))
+            if shares.hidden_own is shares.own:
+                joined = torch.matmul(shares.joined, gone[0] + gone[1])
+            else:
+                joined = torch.matmul(shares.joined, gone[0]) + torch.matmul(shares.hidden_joined, gone[1])
+            residual, hidden = residual * shares.own + joined, hidden * shares.hidden_own
+            sizes = sizes + (taken * values_at(tokens.sizes, selection.gone).unsqueeze(1)).sum(-1)
+        return Reduced(residual + hidden, sizes, cls, keep, selection, tokens.residual.shape[1])
 
     def _line_up(self, layer: int, tokens: Tokens, selection: Selection) -> tuple[Tensor, ClsIndex]:
         """Kept positions in their new order (batch or 1, seqlen_out), and the class token's place among them."""
-        length = tokens.x.shape[1]
+        length = tokens.residual.shape[1]
         stay = length - selection.gone.shape[1]
-        place, cls = self.cls_place(layer, tokens), tokens.cls
-        # Float32 keys are exact, and TopK on floats runs everywhere.
-        key = torch.tensor([-float(k) for k in self.order(length)], device=tokens.x.device)
-        away = one_hot(selection.gone, length, key).sum(1)
+        place, cls, order = self.cls_place(layer, tokens), tokens.cls, self.order(length)
+        gone = selection.gone
         if place is None:
-            keep = torch.topk(key - 4.0 * length * away, stay).indices
+            keep = _others(gone, stay, order)
             counts = self.side_counts(layer)
             if counts is not None and isinstance(cls, int):
                 return keep, cls - counts[0]
-            return keep, cls - (selection.gone < cls).to(torch.int64).sum(1, keepdim=True)
+            return keep, cls - number_of((gone < cls).unsqueeze(1))
         assert isinstance(cls, int), "a class token that is put somewhere has a known place"
-        away = away + one_hot(torch.tensor([[cls]], device=key.device), length, key)[:, 0]
-        rest = torch.topk(key - 4.0 * length * away, stay - 1).indices
-        middle = torch.full_like(rest[:, :1], cls)
+        middle = torch.full_like(gone[:, :1], cls)
+        rest = _others(torch.cat([gone, middle], 1), stay - 1, order)
         return torch.cat([rest[:, :place], middle, rest[:, place:]], 1), place
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Weights of a step that merges: a row of the stream is own x_keep + joined x_gone, for residual and hidden apart.
+
+    Args:
+        own, hidden_own: (batch or 1, seqlen_out, 1); the same object where both are averaged alike.
+        joined, hidden_joined: (batch or 1, seqlen_out, r).
+    """
+
+    own: Tensor
+    joined: Tensor
+    hidden_own: Tensor
+    hidden_joined: Tensor
+
+    @staticmethod
+    def mean(own: Tensor, added: Tensor) -> Shares:
+        """The mean weighted with own (batch or 1, seqlen_out) and added (batch or 1, seqlen_out, r)."""
+        own, joined = _normalized(own, added)
+        return Shares(own, joined, own, joined)
+
+    @staticmethod
+    def apart(own: Tensor, added: Tensor, hidden_added: Tensor) -> Shares:
+        """Means with other weights of what joins on the hidden part."""
+        return Shares(*_normalized(own, added), *_normalized(own, hidden_added))
+
+
+def _normalized(own: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    total = (own + added.sum(-1)).unsqueeze(-1)
+    return own.unsqueeze(-1) / total, added / total
+
+
+def _others(gone: Tensor, stay: int, order: list[int]) -> Tensor:
+    """The `stay` positions that are not in `gone` (batch or 1, r, all different), lined up by the key `order`."""
+    lined = sorted(range(len(order)), key=order.__getitem__)
+    if lined != list(range(len(lined))):
+        rank = torch.tensor([sorted(order).index(k) for k in order], device=gone.device)
+        kept = _others(rank[gone], stay, list(range(len(order))))
+        return torch.tensor(lined, device=gone.device)[kept]
+    # What goes, less how many go before it: so many kept tokens lie before it.
+    before = gone - number_of(gone.unsqueeze(2) > gone.unsqueeze(1))
+    index = torch.arange(stay, device=gone.device)
+    return index + number_of(before.unsqueeze(1) <= index.unsqueeze(1))
 
 
 # --- parts of methods ---------------------------------------------------------------------------------------------------
@@ -210,19 +288,23 @@ def one_hot(positions: Tensor, length: int, like: Tensor) -> Tensor:
     return (positions.unsqueeze(-1) == torch.arange(length, device=positions.device)).to(like.dtype)
 
 
-def mean(x: Tensor, assignment: Tensor, sizes: Tensor | None = None) -> Tensor:
-    """Mean of each output's members, weighted with sizes (batch or 1, seqlen) if given. A token alone stays exact."""
-    weighted = assignment if sizes is None else assignment * sizes.unsqueeze(1)
-    return torch.matmul(weighted / weighted.sum(-1, keepdim=True), x)
+def number_of(true: Tensor) -> Tensor:
+    """How many of the last axis are true, int64; added up in float32, which every runtime does well."""
+    return true.to(torch.float32).sum(-1).to(torch.int64)
 
 
-def patches(x: Tensor, cls: ClsIndex) -> Tensor:
-    """(batch, seqlen, ...) without the class token: (batch, seqlen - 1, ...)."""
+def joins(keep: Tensor, into: Tensor, like: Tensor) -> Tensor:
+    """(batch or 1, seqlen_out, r): 1 where a token that goes joins a kept one."""
+    return (keep.unsqueeze(2) == into.unsqueeze(1)).to(like.dtype)
+
+
+def patches(x: Tensor, cls: ClsIndex, first: int = 0, step: int = 1) -> Tensor:
+    """(batch, seqlen, ...) without the class token; of the patches every `step`-th from `first`."""
     if isinstance(cls, int):
-        return torch.cat([x[:, :cls], x[:, cls + 1 :]], 1)
-    index = torch.arange(x.shape[1] - 1, device=x.device)
+        return x.index_select(1, torch.tensor([p + (p >= cls) for p in range(first, x.shape[1] - 1, step)], device=x.device))
+    index = torch.arange(first, x.shape[1] - 1, step, device=x.device)
     index = (index + (index >= cls).to(torch.int64)).expand(x.shape[0], -1)
-    return torch.gather(x, 1, index) if x.dim() == 2 else take(x, index)
+    return values_at(x, index) if x.dim() == 2 else take(x, index)
 
 
 def position(patch: Tensor, cls: ClsIndex) -> Tensor:
@@ -252,8 +334,17 @@ def best_links(a: Tensor, b: Tensor, count: int, distance: str = "cosine") -> tu
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x (batch, n, d) at index (batch, k): (batch, k, d)."""
+    """Rows of x (batch, n, d) at index (batch or 1, k): (batch, k, d)."""
+    if index.shape[0] == 1:
+        return x.index_select(1, index[0])
     return torch.gather(x, 1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+
+
+def values_at(x: Tensor, index: Tensor) -> Tensor:
+    """Values of x (batch or 1, n) at index (batch or 1, k)."""
+    if index.shape[0] == 1:
+        return x.index_select(1, index[0])
+    return torch.gather(x.expand(index.shape[0], -1), 1, index)
 
 
 def output_score(tokens: Tokens, branch: str = "both") -> Tensor:

@@ -100,7 +100,7 @@ class _Run:
     def reduce(self, model: ReducedVim, layer: int, sizes: Tensor, cls: int) -> Reduced:
         assert self.output is not None
         hidden = self.output.hidden.to(self.x.dtype)
-        return model.reduce(layer, self.x + hidden, hidden, self.output, sizes, cls)
+        return model.reduce(layer, self.x, hidden, self.output, sizes, cls)
 
     def step(self, model: ReducedVim, layer: int, merge: MergeLayer | None, scale: Tensor | None) -> None:
         block = model.blocks[layer]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stm.config import VimConfig
 
-from .base import Reduced, ScanState
+from .base import Reduced, ScanState, take, values_at
 from .token_recognition import TokenRecognition
 
 
@@ -36,31 +36,36 @@ class Alignment:
     """Where kept tokens lie in the whole sequence.
 
     Args:
-        place: (batch or 1, seqlen_now, seqlen_full), one-hot.
-        gap: (batch or 1, seqlen_full), 1 where a token was pruned.
+        where: (batch or 1, seqlen_now), the place of each kept token.
+        source: (batch or 1, seqlen_full), which kept token lies at a place; any where one was pruned.
+        kept: (batch or 1, seqlen_full), 1 where a token is, 0 where one was pruned.
         forward_time, backward_time: (batch, seqlen_full, d_inner), the time steps of pruned tokens.
     """
 
-    place: Tensor
-    gap: Tensor
+    where: Tensor
+    source: Tensor
+    kept: Tensor
     forward_time: Tensor
     backward_time: Tensor
 
     def spread(self, values: Tensor) -> Tensor:
         """(batch, seqlen_now, d) -> (batch, seqlen_full, d), 0 at pruned positions."""
-        return torch.matmul(self.place.to(values.dtype).transpose(1, 2), values)
+        return take(values, self.source) * self.kept.unsqueeze(-1).to(values.dtype)
 
     def times(self, state_time: Tensor, backward: bool) -> Tensor:
         """Time steps of all positions: the layer's own where a token is, else the pruned token's."""
         stale = self.backward_time if backward else self.forward_time
-        return self.spread(state_time) + self.gap.unsqueeze(-1).to(stale.dtype) * stale
+        return self.spread(state_time) + (1 - self.kept).unsqueeze(-1).to(stale.dtype) * stale
 
 
 def align(before: Alignment | None, reduced: Reduced, forward: ScanState, backward: ScanState) -> Alignment:
     """The alignment after a step; the states are those of the layer before it."""
     if before is None:
-        place, times = reduced.assignment, (forward.time, backward.time)
+        where, times, length = reduced.keep, (forward.time, backward.time), reduced.seqlen_in
     else:
-        place = torch.matmul(reduced.assignment, before.place)
-        times = (before.times(forward.time, False), before.times(backward.time, True))
-    return Alignment(place, 1 - place.sum(1), *times)
+        where = values_at(before.where, reduced.keep)
+        times, length = (before.times(forward.time, False), before.times(backward.time, True)), before.kept.shape[1]
+    places = torch.arange(length, device=where.device)
+    found = (where.unsqueeze(1) == places.unsqueeze(1)).to(torch.float32)  # (batch or 1, seqlen_full, seqlen_now)
+    source = (found * torch.arange(where.shape[1], device=where.device)).sum(2).to(torch.int64)
+    return Alignment(where, source, found.sum(2), *times)

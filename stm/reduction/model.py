@@ -14,7 +14,7 @@ from stm.merging import DirectionState
 from stm.scan import selective_scan
 from stm.vim import Mixer, MixerOutput, SelectiveScan, VisionMamba
 
-from .base import ClsIndex, Reduced, Reduction, ScanState, Tokens
+from .base import ClsIndex, Reduced, Reduction, ScanState, Tokens, take
 from .hidden_state_alignment import Alignment, align
 
 
@@ -30,7 +30,7 @@ class AlignedScan(SelectiveScan):
         y = selective_scan(
             alignment.spread(u).to(times.dtype), times, state.A, alignment.spread(state.B), alignment.spread(C), D, reverse=self.reverse
         )
-        return torch.matmul(alignment.place.to(y.dtype), y).to(u.dtype)
+        return take(y, alignment.where).to(u.dtype)
 
 
 class ReducedMixer(Mixer):
@@ -52,22 +52,24 @@ class ReducedMixer(Mixer):
         return self._run(x, decay_scale, backward, None)
 
     def forward(
-        self, hidden: Tensor, cls_index: int | None = None, decay_scale: Tensor | None = None, alignment: Alignment | None = None
+        self, hidden: Tensor, cls_index: ClsIndex | None = None, decay_scale: Tensor | None = None, alignment: Alignment | None = None
     ) -> MixerOutput:
-        """As `Mixer.forward`; with `alignment` the scans walk the whole sequence."""
-        if alignment is None:
+        """As `Mixer.forward`; with `alignment` the scans walk the whole sequence, and a class token whose place the image
+        decides is picked after them, before out_proj."""
+        if alignment is None and not isinstance(cls_index, Tensor):
             return super().forward(hidden, cls_index, decay_scale)
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
         y, forward_state = self._run(x, decay_scale, False, alignment)
         y_b, backward_state = self._run(x, decay_scale, True, alignment)
-        return MixerOutput(self.out_proj((y + y_b) * (F.silu(z) * 0.5)), forward_state, backward_state)
+        gated = (y + y_b) * (F.silu(z) * 0.5)
+        return MixerOutput(self.out_proj(gated if cls_index is None else pick(gated, cls_index)), forward_state, backward_state)
 
 
 class ReducedVim(VisionMamba):
     """Vision Mamba whose tokens a method reduces before layers l >= 1, on the residual stream after the add.
 
-    Parameters and their names are VisionMamba's. The last layer computes the class token alone (`cls_only_last`) only
-    where its position is known beforehand and no alignment asks for the whole scan.
+    Parameters and their names are VisionMamba's. `cls_only_last` cuts the last layer's scans where the class token's place
+    is known beforehand; where the image decides it, or an alignment asks for the whole scan, only out_proj is left to it alone.
 
     Args:
         config: sizes.
@@ -98,31 +100,30 @@ class ReducedVim(VisionMamba):
         alignment: Alignment | None = None
         cls: ClsIndex = self.config.cls_index
         sizes = torch.ones(1, residual.shape[1], dtype=residual.dtype, device=residual.device)
-        known: int | None = None
         for index, block in enumerate(self.blocks):
             if before is not None:
                 hidden = before.hidden.to(residual.dtype)
-                residual = residual + hidden
-                if index in self.reduction.schedule:
+                if index not in self.reduction.schedule:
+                    residual = residual + hidden
+                else:
                     reduced = self.reduce(index, residual, hidden, before, sizes, cls)
                     if self.reduction.aligned:
                         states = (cast(ScanState, before.forward_state), cast(ScanState, before.backward_state))
                         alignment = align(alignment, reduced, *states)
                     residual, cls = reduced.x, reduced.cls
                     sizes = reduced.sizes if self.reduction.merges else torch.ones_like(reduced.sizes)
-            last = index == self.config.depth - 1
-            known = cls if last and self.cls_only_last and alignment is None and isinstance(cls, int) else None
-            before = cast(ReducedMixer, block.mixer)(block.norm(residual), known, None, alignment)
+            only = cls if index == self.config.depth - 1 and self.cls_only_last else None
+            before = cast(ReducedMixer, block.mixer)(block.norm(residual), only, None, alignment)
         assert before is not None
         hidden = before.hidden.to(residual.dtype)
-        token = pick(residual, cls) + (hidden if known is not None else pick(hidden, cls))
+        token = pick(residual, cls) + (hidden if self.cls_only_last else pick(hidden, cls))
         logits: Tensor = self.head(self.norm_f(token)[:, 0])
         return logits
 
-    def reduce(self, layer: int, x: Tensor, hidden: Tensor, before: MixerOutput, sizes: Tensor, cls: ClsIndex) -> Reduced:
+    def reduce(self, layer: int, residual: Tensor, hidden: Tensor, before: MixerOutput, sizes: Tensor, cls: ClsIndex) -> Reduced:
         """What the method makes of the tokens before `layer`."""
         forward, backward = cast(ScanState, before.forward_state), cast(ScanState, before.backward_state)
-        reduced: Reduced = self.reduction(layer, Tokens(x, hidden, forward, backward, sizes, cls))
+        reduced: Reduced = self.reduction(layer, Tokens(residual, hidden, forward, backward, sizes, cls))
         return reduced
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stm.config import VimConfig
 
-from .base import Reduction, Selection, Tokens, halves, mean, patches, position, sides, similarity, take, time_score
+from .base import Reduction, Selection, Shares, Tokens, halves, patches, position, sides, similarity, take, time_score
 from .tome import BalancedSides
 
 
@@ -46,8 +46,8 @@ class MTR(Reduction):
         gone, into = _least_into_next(score, metric, self.schedule[layer])
         return Selection(position(gone, tokens.cls), position(into, tokens.cls))
 
-    def combine(self, tokens: Tokens, selection: Selection, assignment: Tensor) -> Tensor:
-        return mean(tokens.x, assignment)
+    def shares(self, tokens: Tokens, selection: Selection, sizes: Tensor, taken: Tensor) -> Shares:
+        return Shares.mean(torch.ones_like(sizes), taken)
 
 
 class BalancedMTR(BalancedSides, MTR):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stm.config import VimConfig
 
-from .base import Reduction, Selection, Tokens, mean
+from .base import Reduction, Selection, Tokens
 
 
 class RandomDrop(Reduction):
@@ -39,6 +39,3 @@ class RandomDrop(Reduction):
     def select(self, layer: int, tokens: Tokens) -> Selection:
         gone: Tensor = getattr(self, f"gone_{layer}")
         return Selection(gone, None)
-
-    def combine(self, tokens: Tokens, selection: Selection, assignment: Tensor) -> Tensor:
-        return mean(tokens.x, assignment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,7 +107,59 @@ def create_reduction(name: str, config: VimConfig, preset: str | None = None, sc
     if schedule is None:
         assert preset is not None
         schedule = method_schedule(name, config, preset)
-    return entry.make(config, schedule, **{**entry.options, **options})
+    known = inspect.signature(entry.make).parameters.keys() - {"config", "schedule"}
+    if unknown := options.keys() - known:
+        raise PlanError(f"{name}: no option {', '.join(sorted(unknown))}; it has {', '.join(sorted(known)) or 'none'}")
+    made = entry.make(config, schedule, **{**entry.options, **options})
+    made.method, made.options = name, dict(options)
+    return made
+
+
+def parse_reduction(text: str, config: VimConfig) -> Reduction:
+    """A method as the command line writes it: METHOD[:PRESET][,OPTION=VALUE..], for example "r-meeto:tl-792,metric=delta".
+
+    Without a preset it is that of the STM paper's table 2.
+
+    Raises:
+        PlanError: an unknown method, preset or option, or a value that does not fit.
+    """
+    name, _, rest = text.partition(":")
+    preset, options = "table2", {}
+    for index, part in enumerate(piece.strip() for piece in rest.split(",")) if rest else ():
+        key, equals, value = part.partition("=")
+        if equals:
+            options[key] = _value(value)
+        elif index == 0:
+            preset = part
+        else:
+            raise PlanError(f"reduction {text!r}: {part!r} is no OPTION=VALUE")
+    try:
+        return create_reduction(name, config, preset, **options)
+    except TypeError as error:  # an option's value of another type
+        raise PlanError(f"reduction {text!r}: {error}") from None
+
+
+def _value(text: str) -> Any:
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def from_description(described: Mapping[str, Any], config: VimConfig) -> Reduction:
+    """The method that `Reduction.describe` described.
+
+    Raises:
+        PlanError: it was not made by `create_reduction`, so its options are not known; or it does not fit the model.
+    """
+    if described.get("options") is None:
+        raise PlanError(f"{described.get('method')}: its options were not noted; make it with stm.reduction.create_reduction")
+    schedule = {int(layer): count for layer, count in described["schedule"].items()}
+    return create_reduction(described["method"], config, schedule=schedule, **described["options"])
 
 
 def method_schedule(name: str, config: VimConfig, preset: str) -> dict[int, int]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from stm.config import VimConfig
 
-from .base import Reduction, Selection, Tokens, check_choice, mean, output_score, patches, position
+from .base import Reduction, Selection, Tokens, check_choice, output_score, patches, position
 
 BRANCHES = ("both", "forward", "backward")
 
@@ -55,6 +54,3 @@ class TokenRecognition(Reduction):
 
     def cls_place(self, layer: int, tokens: Tokens) -> int | None:
         return None if self.cls_position == "true" else (tokens.x.shape[1] - self.schedule[layer]) // 2
-
-    def combine(self, tokens: Tokens, selection: Selection, assignment: Tensor) -> Tensor:
-        return mean(tokens.x, assignment)

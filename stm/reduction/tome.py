@@ -36,8 +36,8 @@ class ToMe(Reduction):
         return tokens.x
 
     def select(self, layer: int, tokens: Tokens) -> Selection:
-        metric = patches(self.metric(tokens), tokens.cls)
-        a, b = best_links(metric[:, 0::2], metric[:, 1::2], self.schedule[layer], self.distance)
+        metric = self.metric(tokens)
+        a, b = best_links(patches(metric, tokens.cls, 0, 2), patches(metric, tokens.cls, 1, 2), self.schedule[layer], self.distance)
         return Selection(position(2 * a, tokens.cls), position(2 * b + 1, tokens.cls))
 
 

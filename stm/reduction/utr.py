@@ -10,7 +10,7 @@ from torch import Tensor
 from stm.config import VimConfig
 from stm.errors import PlanError
 
-from .base import Reduction, Selection, Tokens, best_links, mean, one_hot, output_score, patches, position, take
+from .base import Reduction, Selection, Shares, Tokens, best_links, output_score, patches, position, take
 
 
 class UTR(Reduction):
@@ -50,7 +50,7 @@ class UTR(Reduction):
         gone, into = torch.gather(low, 1, a), torch.gather(high, 1, b)
         return Selection(position(gone, tokens.cls), position(into, tokens.cls))
 
-    def combine(self, tokens: Tokens, selection: Selection, assignment: Tensor) -> Tensor:
-        pruned = selection.gone[:, : int(self.prune * selection.gone.shape[1])]
-        away = one_hot(pruned, assignment.shape[2], assignment).sum(1, keepdim=True)
-        return mean(tokens.x - tokens.hidden, assignment) + mean(tokens.hidden, assignment * (1 - away))
+    def shares(self, tokens: Tokens, selection: Selection, sizes: Tensor, taken: Tensor) -> Shares:
+        count = taken.shape[2]
+        alive = torch.tensor([float(j >= int(self.prune * count)) for j in range(count)], dtype=taken.dtype, device=taken.device)
+        return Shares.apart(torch.ones_like(sizes), taken, taken * alive)

@@ -1,8 +1,9 @@
 """Methods that look at the image: each against a slow literal transcription of its description, invariants, freezing,
-schedules, FLOPs, and the exported graph."""
+schedules, FLOPs. Their graphs: tests/exporter/test_lowering_reductions.py."""
 
 from __future__ import annotations
 
+import json
 import math
 import runpy
 import sys
@@ -12,13 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from torch import Tensor
 
-from exporter.onnx_export import check_portable, lower_portable, trace
-from exporter.runtimes.ort import onnxruntime_session
 from stm import Group, PlanError, VimConfig, VisionMamba, gflops_true, make_plan, model_config, with_plan
 from stm.reduction import (
     EQUAL_TOKEN_LAYERS,
@@ -40,11 +38,13 @@ from stm.reduction import (
     create_reduction,
     even_schedule,
     freeze,
+    from_description,
     interval_layers,
     keep_schedule,
     list_reductions,
     merge_matrix_flops,
     method_schedule,
+    parse_reduction,
     reduction_gflops_paper,
     reduction_gflops_true,
     reduction_summary,
@@ -252,7 +252,9 @@ def test_famba_v_published_order_is_unmerged_a_then_b() -> None:
         order = [p for p in patches[0::2] if p not in gone] + patches[1::2]
         order.insert(reduced.cls, 15)
         assert reduced.keep[image].tolist() == order
-    again = FambaV(CONFIG, {1: 7, 2: 5}, order="published")(2, replace(t, x=reduced.x, hidden=reduced.x, sizes=reduced.sizes, cls=reduced.cls))
+    again = FambaV(CONFIG, {1: 7, 2: 5}, order="published")(
+        2, replace(t, residual=reduced.x, hidden=0 * reduced.x, sizes=reduced.sizes, cls=reduced.cls)
+    )
     assert torch.equal(again.x[:, again.cls], t.x[:, 15])
 
 
@@ -284,8 +286,8 @@ def test_alignment_walks_the_whole_sequence(backward: bool) -> None:
     states = [(scan_state(1, 9), scan_state(1, 9)), (scan_state(1, 6), scan_state(1, 6))]
     alignment = None
     for keep, (forward, backwards) in zip(keeps, states, strict=True):
-        assignment = torch.eye(forward.delta.shape[1], dtype=torch.float64)[keep].unsqueeze(0)
-        reduced = Reduced(torch.empty(0), torch.empty(0), 0, torch.tensor([keep]), assignment)
+        gone = Selection(torch.tensor([[p for p in range(forward.delta.shape[1]) if p not in keep]]), None)
+        reduced = Reduced(torch.empty(0), torch.empty(0), 0, torch.tensor([keep]), gone, forward.delta.shape[1])
         alignment = align(alignment, reduced, forward, backwards)
     assert alignment is not None
     where = [keeps[0][i] for i in keeps[1]]
@@ -519,7 +521,8 @@ def test_flops_are_the_published_ones() -> None:
     dropped = create_reduction("random", tiny, "tl-792")
     plan = make_plan(tiny, preset="stm-20", weights="sum")
     assert reduction_gflops_true(dropped) == pytest.approx(gflops_true(tiny, plan), abs=1e-4)
-    assert merge_matrix_flops(dropped) == sum((197 - 4 * k) * (193 - 4 * k) * 192 for k in range(11))
+    assert merge_matrix_flops(dropped) == 0, "rows are moved"
+    assert merge_matrix_flops(create_reduction("tome", tiny, "tl-792")) == sum((193 - 4 * k) * 4 * 192 for k in range(11))
 
 
 @pytest.mark.parametrize(("r", "left"), [(1, 94), (2, 89), (5, 76), (11, 76)])
@@ -576,93 +579,38 @@ def test_errors_name_both_values(call: Callable[[], object], words: str) -> None
         call()
 
 
-# --- the exported graph -------------------------------------------------------------------------------------------------
-
-EXPORTED = VimConfig("vim-test", 16, depth=3, d_state=4, image_size=(64, 80), num_classes=10)  # 20 patches
-_BANNED = {"Loop", "If", "NonZero", "ScatterND", "ScatterElements", "GatherND", "Compress", "CumSum"}
+# --- as the command line writes it --------------------------------------------------------------------------------------
 
 
-def check_static(graph: onnx.ModelProto) -> None:
-    nodes = Counter(node.op_type for node in graph.graph.node)
-    assert nodes["TopK"] >= 1
-    assert not nodes.keys() & _BANNED
-    constants = {tensor.name for tensor in graph.graph.initializer} | {node.output[0] for node in graph.graph.node if node.op_type == "Constant"}
-    assert all(node.input[1] in constants for node in graph.graph.node if node.op_type == "TopK"), "k is a constant"
-    (leading,) = {value.type.tensor_type.shape.dim[0].dim_param for value in graph.graph.input}
-    for value in (*graph.graph.value_info, *graph.graph.output):
-        dims = value.type.tensor_type.shape.dim
-        assert all(dim.HasField("dim_value") or dim.dim_param == leading for dim in dims), f"{value.name} has no static shape"
+def test_a_method_from_text_and_from_its_description() -> None:
+    tiny = model_config("vim-t", 224)
+    made = parse_reduction("r-meeto:tl-792,metric=delta,last_layer_trap=true", tiny)
+    assert isinstance(made, RMeeTo)
+    assert made.metric_name == "delta"
+    assert made.schedule == create_reduction("r-meeto", tiny, "tl-792", last_layer_trap=True).schedule
+    assert made.describe()["options"] == {"metric": "delta", "last_layer_trap": True}
+    again = from_description(json.loads(json.dumps(made.describe())), tiny)
+    assert again.describe() == made.describe()
+    assert parse_reduction("token-recognition", tiny).schedule == method_schedule("token-recognition", tiny, "table2")
+    assert torch.equal(parse_reduction("random:tl-552,seed=3", tiny).gone_1, RandomDrop(tiny, method_schedule("random", tiny, "tl-552"), 3).gone_1)
 
 
-class OneStep(torch.nn.Module):
-    """A method before layer 1 as a module of one input; an export of a whole model takes seconds."""
-
-    def __init__(self, method: Reduction) -> None:
-        super().__init__()
-        self.method = method
-        config = method.config
-        self.widths = [config.d_model] * 2 + [config.d_inner, config.d_state, config.d_state, config.d_inner] * 2 + [1, 1]
-        self.moving = (
-            not isinstance(method, RandomDrop | BalancedToMe | BalancedMTR) and method.cls_place(1, self.tokens(self.data(1), False)) is None
-        )
-
-    def data(self, batch: int) -> Tensor:
-        data = torch.randn(batch, EXPORTED.seqlen, sum(self.widths))
-        data[:, :, -2] = torch.randint(1, 5, (batch, EXPORTED.seqlen))
-        data[:, :, -1] = torch.randint(8, 13, (batch, 1))
-        return data
-
-    def tokens(self, data: Tensor, moving: bool) -> Tokens:
-        A, bias = -torch.ones(EXPORTED.d_inner, EXPORTED.d_state), torch.zeros(EXPORTED.d_inner)
-        x, hidden, delta, B, C, y, delta_b, B_b, C_b, y_b, sizes, cls = data.split(self.widths, -1)
-        place = cls[:, 0].to(torch.int64) if moving else EXPORTED.cls_index
-        return Tokens(x, hidden, ScanState(delta, bias, A, B, C, y), ScanState(delta_b, bias, A, B_b, C_b, y_b), sizes.squeeze(-1), place)
-
-    def forward(self, data: Tensor) -> Tensor:
-        reduced = self.method(1, self.tokens(data, self.moving))
-        keep = reduced.keep.expand(data.shape[0], -1).to(data.dtype)
-        return torch.cat([reduced.x, reduced.sizes.unsqueeze(-1), keep.unsqueeze(-1)], -1)
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("pumer", "no reduction 'pumer'"),
+        ("tome", "table 2 gives its settings for no model"),
+        ("tome:tl-1", "no preset 'tl-1'"),
+        ("tome:tl-792,seed=1", "no option seed; it has none"),
+        ("random:tl-792,3", "'3' is no OPTION=VALUE"),
+        ("utr:tl-792,prune=much", "utr"),
+    ],
+)
+def test_a_text_that_means_nothing_says_so(text: str, words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        parse_reduction(text, model_config("vim-t", 224))
 
 
-STEPS: dict[str, Callable[[], Reduction]] = {
-    **{
-        name: (lambda name=name: create_reduction(name, EXPORTED, schedule={1: 4}))
-        for name in ("tome-balanced", "random", "mtr", "token-recognition", "utr")
-    },
-    "famba-v": lambda: FambaV(EXPORTED, {1: 4}, order="published"),  # restored, it is ToMe
-    "r-meeto-true": lambda: RMeeTo(EXPORTED, {1: 4}, cls_position="true", metric="delta", distance="l2"),
-}
-MODELS = ("tome", "r-meeto", "mtr-balanced", "hsa")  # class token: elsewhere in every image, put, known; and alignment
-
-
-def test_every_method_is_exported() -> None:
-    assert {*STEPS, *MODELS} == {*list_reductions()}
-
-
-@pytest.mark.parametrize("name", STEPS)
-def test_exported_step_matches(name: str) -> None:
-    step = OneStep(STEPS[name]())
-    graph = trace(step, step.data(2))
-    check_static(graph)
-    session = onnxruntime_session(graph.SerializeToString(), threads=1)
-    for batch in (1, 3):
-        data = step.data(batch)
-        (got,) = session.run(None, {"images": data.numpy()})
-        np.testing.assert_allclose(got, step(data), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_exported_model_matches(name: str) -> None:
-    twice = name == "tome"
-    config, schedule = (EXPORTED, {1: 4, 2: 3}) if twice else (EXPORTED.with_changes(depth=2), {1: 4})
-    model = with_reduction(vision_mamba(config), create_reduction(name, config, schedule=schedule))
-    graph = lower_portable(trace(model, torch.zeros(2, 3, 64, 80)))
-    check_portable(graph, 18)
-    check_static(graph)
-    assert "Scan" not in {node.op_type for node in graph.graph.node}
-    session = onnxruntime_session(graph.SerializeToString(), threads=1)
-    for batch in (1, 3):
-        images = torch.randn(batch, 3, 64, 80, generator=torch.Generator().manual_seed(batch))
-        want = model(images)
-        (got,) = session.run(None, {"images": images.numpy()})
-        assert np.abs(got - want.numpy()).max() < 1e-4 * float(want.max() - want.min())
+def test_a_method_that_nobody_noted_cannot_be_made_again() -> None:
+    with pytest.raises(PlanError, match="options were not noted"):
+        from_description(ToMe(CONFIG, {1: 2}).describe(), CONFIG)

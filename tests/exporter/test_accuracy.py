@@ -1,0 +1,630 @@
+"""`stm bench accuracy` on the CPU: figures against plain loops, stopping and going on, budgets, noise, the document, refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import exporter.accuracy.latency as latency_module
+import exporter.accuracy.plots as plots_module
+import exporter.accuracy.runner as runner_module
+import stm.registry
+from exporter.accuracy import Run, measure, read_run, update_document
+from exporter.accuracy.budgets import TOKEN_LAYERS, Budget, at_flops, budgets, k_schedule, parse_flops
+from exporter.accuracy.cells import GROUPS, Bench, Cell, cells, family, normalised, parse_methods
+from exporter.accuracy.observe import class_state, observe
+from exporter.accuracy.plots import draw_plots
+from exporter.accuracy.report import claims, markdown, terminal_lines
+from exporter.accuracy.statistics import NOISE, bootstrap_mean, paired_difference
+from exporter.bench.report import BEGIN, END
+from exporter.bench.timing import HostClock, Prepared
+from exporter.bench.workshop import Workshop
+from exporter.cli import _parser, main
+from exporter.errors import ArtefactError, BuildError
+from stm import PRESETS, ConfigError, MergePlan, PlanError, VimConfig, VisionMamba, make_plan, model_config, plan_summary, with_plan
+from stm.data import DigitPairs
+from stm.flops import gflops_true
+from stm.reduction import METHODS, create_reduction, reduction_gflops_true, with_reduction
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "accuracy.md"
+TINY = VimConfig("vim-tiny-test", 16, depth=4, d_state=4, image_size=(96, 96), num_classes=100)  # 36 patches
+QUICK: dict[str, Any] = {"images": 10, "batch": 5, "device": "cpu", "token_layers": [20], "flops": ["20%"], "variants": ["anywhere"]}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Two OpenMP threads on a busy machine of two cores wait for each other for seconds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots take longer than all the rest of a tiny run."""
+    monkeypatch.setattr(plots_module, "draw_plots", lambda run, folder: [])
+
+
+def tiny(whole: bool = True) -> VisionMamba:
+    return VisionMamba(TINY, cls_only_last=not whole).eval().requires_grad_(False)
+
+
+def images(count: int, variant: str = "anywhere") -> tuple[torch.Tensor, torch.Tensor]:
+    return DigitPairs("test", variant).batch(torch.arange(count))
+
+
+# --- the class token's state -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_class_state_is_the_recurrence_stopped_at_the_class_token(reverse: bool, scaled: bool) -> None:
+    g = torch.Generator().manual_seed(1)
+    batch, seqlen, d_inner, d_state = 3, 11, 4, 5
+    u, B = (torch.randn(batch, seqlen, d, generator=g, dtype=torch.float64) for d in (d_inner, d_state))
+    time = torch.rand(batch, seqlen, d_inner, generator=g, dtype=torch.float64)
+    A = -torch.rand(d_inner, d_state, generator=g, dtype=torch.float64)
+    scale = torch.rand(seqlen, generator=g) * 3 if scaled else None
+    places = [0, 6, 10]
+    for row, cls in enumerate(places):
+        h = torch.zeros(d_inner, d_state, dtype=torch.float64)
+        for t in range(seqlen - 1, cls - 1, -1) if reverse else range(cls + 1):
+            s = 1.0 if scale is None else float(scale[t])
+            h = torch.exp(s * time[row, t][:, None] * A) * h + (time[row, t] * u[row, t])[:, None] * B[row, t]
+        one = class_state(u[row : row + 1], time[row : row + 1], A, B[row : row + 1], cls, reverse=reverse, decay_scale=scale)
+        many = class_state(u, time, A, B, torch.tensor(places)[:, None], reverse=reverse, decay_scale=scale)
+        torch.testing.assert_close(one[0], h, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(many[row], h, rtol=1e-12, atol=1e-12)
+
+
+KINDS = ["none", "hsp", "one_sided", "proportional", "tome", "r-meeto", "hsa", "mtr-balanced"]
+
+
+def of_kind(kind: str) -> VisionMamba:
+    base = tiny()
+    if kind == "none":
+        return base
+    if kind in METHODS:
+        return with_reduction(base, create_reduction(kind, TINY, schedule={1: 4, 2: 6}))
+    rule = kind if kind == "one_sided" else "edge"
+    left = (6, 0) if kind == "one_sided" else (3, 3)
+    return with_plan(base, make_plan(TINY, schedule={1: left, 2: left}, rule=rule, proportional_decay=kind == "proportional"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_observed_states_give_the_scans_outputs_at_the_class_token(kind: str) -> None:
+    """y = C h + D u holds at the class token for every layer, direction and method, so h is the state that the model used."""
+    model, pixels = of_kind(kind), normalised(images(3)[0], TINY)
+    place: list[Any] = [TINY.cls_index]
+    found: list[list[torch.Tensor]] = []
+    if hasattr(model, "reduction"):
+        model.reduction.register_forward_hook(lambda module, arguments, result: place.__setitem__(0, result.cls))
+    for index, block in enumerate(model.blocks):
+
+        def scanned(module: Any, arguments: Any, y: torch.Tensor, layer: int = index) -> None:
+            u, _, C, D, *_ = arguments
+            cls = place[0] if hasattr(model, "reduction") else model.cls_positions[layer]
+            rows = torch.arange(len(u)), torch.as_tensor(cls).flatten().expand(len(u))
+            found.append([t[rows] for t in (y, u, C)] + [D])
+
+        block.mixer.scan.register_forward_hook(scanned)
+        block.mixer.scan_b.register_forward_hook(scanned)
+    seen = observe(model, pixels)
+    assert len(found) == 2 * TINY.depth
+    for number, (y, u, C, D) in enumerate(found):
+        h = seen.states[number // 2][:, number % 2]
+        torch.testing.assert_close(torch.einsum("bn,ben->be", C, h) + D * u, y, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_observing_changes_nothing_and_ends_at_the_logits(kind: str) -> None:
+    model, pixels = of_kind(kind), normalised(images(3)[0], TINY)
+    seen = observe(model, pixels)
+    torch.testing.assert_close(seen.logits, model(pixels), rtol=0, atol=0)
+    torch.testing.assert_close(model.head(model.norm_f(seen.tokens[-1])), seen.logits)
+    assert [tuple(state.shape) for state in seen.states] == [(3, 2, TINY.d_inner, TINY.d_state)] * TINY.depth
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()), "hooks are taken off"
+
+
+# --- budgets and methods -----------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_presets_are_members_of_the_family() -> None:
+    config = model_config("vim-t")
+    for name in PRESETS:
+        plan = make_plan(config, preset=name)
+        assert make_plan(config, schedule=k_schedule(config, plan.token_layers_removed)) == plan, name
+    assert [budget.label for budget in budgets(config, None, None)] == ["TL 552", "TL 792", "TL 960", "TL 1076", "-40 % FLOPs"]
+
+
+@pytest.mark.parametrize(("text", "share"), [("40%", 0.4), ("-40%", 0.4), ("0.6x", 0.4), ("0.4", 0.4), (" -17.5 % ", 0.175)])
+def test_flops_are_read_as_saved_or_left(text: str, share: float) -> None:
+    assert parse_flops(text) == share
+
+
+@pytest.mark.parametrize("text", ["", "40", "-0%", "100%", "1.5x", "much", "nan%"])
+def test_other_flops_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="40%"):
+        parse_flops(text)
+
+
+@pytest.mark.parametrize("name", sorted({*GROUPS["weights"], *GROUPS["generators"], *GROUPS["rivals"]} - {"stm-constant"}))
+def test_every_method_meets_its_budget(name: str) -> None:
+    config = VimConfig("vim-test", 16, d_state=4, num_classes=100)  # 197 tokens, 24 layers
+    with torch.device("meta"):
+        bench = Bench(VisionMamba(config, cls_only_last=False))
+    if name in GROUPS["rivals"]:
+        for budget in (Budget(TOKEN_LAYERS, 792), Budget("flops", 0.4)):
+            reduction = bench._reduction(name, budget, matching=True)
+            if budget.kind == TOKEN_LAYERS:
+                assert reduction.token_layers_removed == 792
+            else:
+                assert reduction_gflops_true(reduction) == pytest.approx(0.6 * gflops_true(config), rel=0.012)
+    else:
+        figures = bench._ours(name, Budget(TOKEN_LAYERS, 792)).figures
+        assert figures["token_layers_removed"] == 792
+        assert bench._ours(name, Budget("flops", 0.3)).figures["gflops_true_change"] == pytest.approx(-0.3, abs=0.005)
+
+
+def test_what_cannot_be_saved_is_said() -> None:
+    with pytest.raises(PlanError, match=r"9999 token-layers cannot be removed from 'vim-tiny-test' on one side: at most 51"):
+        k_schedule(TINY, 9999, one_sided=True)
+    with pytest.raises(PlanError, match=r"-90.0% FLOPs cannot be reached: the nearest is -\d"):
+        at_flops(TINY, 0.9, lambda n: (None, gflops_true(TINY, make_plan(TINY, schedule=k_schedule(TINY, n)))))
+
+
+def test_groups_and_names_of_methods() -> None:
+    assert parse_methods(["generators", "weights", "mtr", "mtr"])[:5] == ["stm", "stm-frontier", "stm-spread", "stm-one-sided", "stm-literal"]
+    assert len(parse_methods(["all"])) == len(set(parse_methods(["all"]))) == 10 + 2 * len(METHODS) + 2
+    assert {family(name) for name in parse_methods(["all"])} == {"stm", "ablation", "rival", "frozen", "control"}
+    assert family("mine") == family("frozen-mine") == "plan"
+    with pytest.raises(ConfigError, match=r"no method 'tom'; groups: all, weights"):
+        parse_methods(["tom"])
+
+
+def test_a_users_plan_stands_at_the_budget_that_it_spends() -> None:
+    plan = make_plan(TINY, schedule={1: (3, 3), 2: (1, 0)})  # 20 token-layers
+    other = make_plan(TINY, schedule={1: (5, 5)})
+    wanted = budgets(TINY, [20], ["20%"])
+    found = cells(TINY, ["stm"], wanted, {"mine": [plan, other]})
+    assert [(cell.name, cell.budget.label) for cell in found] == [
+        ("mine", "TL 20"),
+        ("stm", "TL 20"),
+        ("stm", "-20 % FLOPs"),
+        ("mine", "TL 30"),
+    ]
+    with pytest.raises(ConfigError, match="two plans of this name spend TL 20"):
+        cells(TINY, [], wanted, {"mine": [plan, plan]})
+    with pytest.raises(ConfigError, match="'tome' is a method of the table"):
+        cells(TINY, [], wanted, {"tome": [plan]})
+    with pytest.raises(PlanError, match="the plan was made for model 'vim-tiny-test', this is 'vim-n'"):
+        cells(model_config("vim-n"), [], wanted, {"mine": [plan]})
+
+
+# --- noise -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_difference_within_noise_is_called_so() -> None:
+    rng = np.random.default_rng(0)
+    right = rng.random(1000) < 0.9
+    few, many = right.copy(), right.copy()
+    few[np.flatnonzero(right)[:12]] = False  # about as many gained as lost
+    few[np.flatnonzero(~right)[:8]] = True
+    many[np.flatnonzero(right)[:40]] = False
+    assert paired_difference(right, right).verdict == NOISE, "the same answers: an interval of 0 alone"
+    assert (paired_difference(right, right).low, paired_difference(right, right).high) == (0, 0)
+    one = right.copy()
+    one[np.flatnonzero(right)[0]] = False
+    assert paired_difference(one, right).high == 0, "one image of 1000 is noise, not by rounding's grace"
+    assert paired_difference(one, right).verdict == NOISE
+    assert paired_difference(few, right).verdict == NOISE
+    assert paired_difference(many, right).verdict == "lower"
+    assert paired_difference(right, many).verdict == "higher"
+
+
+def test_the_bootstrap_has_the_normal_interval_where_that_holds() -> None:
+    x = np.random.default_rng(3).normal(5, 2, 900)
+    found = bootstrap_mean(x)
+    half = 1.96 * x.std() / 30
+    assert found.value == pytest.approx(x.mean())
+    assert (found.low, found.high) == pytest.approx((x.mean() - half, x.mean() + half), abs=0.15 * half)
+    assert bootstrap_mean(x) == found, "the same from run to run"
+    with pytest.raises(ValueError, match="paired"):
+        paired_difference([1.0], [1.0, 2.0])
+    with pytest.raises(ValueError, match="bootstrap of values"):
+        bootstrap_mean([])
+
+
+# --- measuring ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("accuracy") / "run"
+    with torch.no_grad():
+        methods = ["stm", "stm-constant", "stm-mean", "stm-one-sided", "stm-frontier", "tome", "tome-balanced", "mtr", "frozen-mtr", "controls"]
+        return folder, measure(tiny(), folder, **{**QUICK, "variants": ["centred", "anywhere"]}, methods=methods)
+
+
+def row_of(run: Run, name: str, budget: str = "TL 20", variant: str = "anywhere") -> Any:
+    return next(row for row in run.rows if (row.name, row.budget, row.variant) == (name, budget, variant))
+
+
+@pytest.mark.parametrize("name", ["stm", "stm-one-sided", "mtr", "resolution"])
+def test_figures_are_what_a_plain_loop_finds(measured: tuple[Path, Run], name: str) -> None:
+    _, run = measured
+    row, base = row_of(run, name), tiny()
+    made = Bench(base).make(Cell(name, Budget(TOKEN_LAYERS, 20)))
+    pixels, labels = images(10)
+    hits = same = 0
+    kl, last = [], []
+    for image, label in zip(pixels, labels, strict=True):
+        a, b = observe(base, normalised(image[None], TINY)), observe(made.model, normalised(image[None], made.model.config))
+        p, q = (torch.softmax(seen.logits[0].double(), 0) for seen in (a, b))
+        hits += int(q.argmax() == label)
+        same += int(q.argmax() == p.argmax())
+        kl.append(float((p * (p / q).log()).sum()))
+        last.append(float((b.states[-1] - a.states[-1]).norm() / a.states[-1].norm()))
+    assert row.top1.hits == hits
+    assert row.agreement == same / 10
+    assert row.kl.value == pytest.approx(np.mean(kl), rel=1e-3, abs=1e-9)
+    assert row.state.value == pytest.approx(np.mean(last), rel=1e-3)
+    assert row.states[-1] == pytest.approx(row.state.value, rel=1e-4)
+    assert row.difference.gained - row.difference.lost == hits - run.unmerged("anywhere").top1.hits
+    if name != "resolution":
+        assert row.states[0] == 0, "nothing is merged before layer 1"
+        assert row.figures["token_layers_removed"] == 20
+
+
+def test_both_variants_all_budgets_and_what_is_impossible(measured: tuple[Path, Run]) -> None:
+    folder, run = measured
+    assert run.variants == ["centred", "anywhere"]
+    assert run.budgets == ["TL 20", "-20 % FLOPs"]
+    assert run.whole
+    assert [(one["name"], one["reason"]) for one in run.head["impossible"]] == [
+        ("smaller", "no smaller model: no model below vim-tiny-test comes with weights for these images")
+    ]
+    assert {path.name for path in folder.iterdir() if path.is_file()} == {
+        "run.json",
+        "accuracy.json",
+        "accuracy.md",
+        "accuracy-vs-flops-vim-tiny-test.png",
+        "state-error-vs-layer-vim-tiny-test.png",
+        "plans-vim-tiny-test.png",
+    }
+    answer = json.loads((folder / "accuracy.json").read_text())
+    assert len(answer["rows"]) == len(run.rows) == 2 * (1 + 2 * 10)
+    assert {row["to_reference"]["verdict"] for row in answer["rows"] if row["to_reference"]} <= {NOISE, "higher", "lower"}
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_smaller_model_and_a_smaller_image_are_controls(tmp_path: Path) -> None:
+    config = TINY.with_changes(name="smaller", d_model=8)
+    run = measure(tiny(), tmp_path, **QUICK, methods=["stm", "controls"], smaller=VisionMamba(config).eval())
+    small, coarse = (next(row for row in run.rows if row.name == name) for name in ("smaller", "resolution"))
+    assert small.figures["gflops_true_change"] == pytest.approx(
+        plan_summary(config, None)["gflops_true"] / plan_summary(TINY, None)["gflops_true"] - 1
+    )
+    assert small.states == (), "another width: no state to compare"
+    assert coarse.schedule == "80x80 px, 26 tokens"
+    assert all(any(row.name == "smaller" for row in run.at(budget, "anywhere")) for budget in run.budgets), "it stands in every table"
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    real = runner_module.observe
+
+    def counted(model: VisionMamba, pixels: torch.Tensor) -> Any:
+        calls.append(len(pixels))
+        return real(model, pixels)
+
+    monkeypatch.setattr(runner_module, "observe", counted)
+    whole = measure(tiny(), tmp_path / "whole", **QUICK, methods=["stm", "mtr"])
+    assert len(calls) == 2 * (1 + 4), "two batches each of the unmerged model and of two methods at two budgets"
+    calls.clear()
+    stopped = measure(tiny(), tmp_path / "parts", **QUICK, methods=["stm", "mtr"], minutes=0)
+    assert (calls, stopped.whole, stopped.head["left"]) == ([], False, 5)
+    assert "5 measurements are left" in "\n".join(stopped.lines())
+
+    def failing(model: VisionMamba, pixels: torch.Tensor) -> Any:
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return counted(model, pixels)
+
+    monkeypatch.setattr(runner_module, "observe", failing)
+    with pytest.raises(KeyboardInterrupt):
+        measure(tiny(), tmp_path / "parts", **QUICK, methods=["stm", "mtr"])
+    done = sorted(path.name for path in (tmp_path / "parts" / "records").iterdir())
+    assert done == ["anywhere--none--as-it-is.json", "anywhere--stm--TL-20.json"], "the unmerged model and one method; nothing half"
+    calls.clear()
+    monkeypatch.setattr(runner_module, "observe", counted)
+    resumed = measure(tiny(), tmp_path / "parts", **QUICK, methods=["stm", "mtr"])
+    assert len(calls) == 2 * (1 + 3), "the unmerged model again, for its states, and three records"
+    calls.clear()
+    again = measure(tiny(), tmp_path / "parts", **QUICK, methods=["mtr", "stm"])
+    assert calls == [], "nothing was left to do"
+    for run in (resumed, again):
+        assert [(r.name, r.budget, r.top1, r.kl, r.state) for r in sorted(run.rows, key=lambda r: (r.name, r.budget))] == [
+            (r.name, r.budget, r.top1, r.kl, r.state) for r in sorted(whole.rows, key=lambda r: (r.name, r.budget))
+        ]
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_changed_plan_is_measured_again(tmp_path: Path) -> None:
+    first = make_plan(TINY, schedule={1: (3, 3), 2: (1, 0)})
+    one = measure(tiny(), tmp_path, **QUICK, methods=["stm"], plans={"mine": [first]})
+    two = measure(tiny(), tmp_path, **QUICK, methods=["stm"], plans={"mine": [make_plan(TINY, schedule={1: (3, 3), 2: (1, 0)}, weights="mean")]})
+    assert row_of(one, "mine").kl != row_of(two, "mine").kl
+    assert row_of(one, "stm").kl == row_of(two, "stm").kl
+    assert row_of(two, "mine").plan == make_plan(TINY, schedule={1: (3, 3), 2: (1, 0)}, weights="mean")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [({"images": 11}, "images was 10, is 11"), ({"model": "other"}, "weights_sha256 was")],
+)
+def test_another_run_in_the_folder_is_refused(measured: tuple[Path, Run], changes: dict[str, Any], text: str) -> None:
+    folder, _ = measured
+    model = tiny()
+    if "model" in changes:
+        model.init_weights(5)
+        changes = {}
+    with pytest.raises(ArtefactError, match=text):
+        measure(model, folder, **{**QUICK, **changes}, methods=["stm"])
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_logits_that_are_not_finite_leave_a_reason_and_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = runner_module.observe
+
+    def broken(model: VisionMamba, pixels: torch.Tensor) -> Any:
+        seen = real(model, pixels)
+        if model.plan is not None:
+            seen.logits[1] = float("nan")
+        return seen
+
+    monkeypatch.setattr(runner_module, "observe", broken)
+    run = measure(tiny(), tmp_path, **QUICK, methods=["stm", "mtr"])
+    assert {row.name for row in run.rows} == {"none", "mtr"}
+    assert "the logits of 1 of 5 images are not finite" in run.head["impossible"][0]["reason"]
+
+
+# --- latency -----------------------------------------------------------------------------------------------------------------
+
+
+def test_latency_is_taken_with_the_unmerged_model_and_rivals_may_lack_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[tuple[str, int]] = []
+
+    class Fake:
+        def prepare(self, batch: int, launch: str) -> Prepared:
+            return Prepared(lambda: None, HostClock(), "cpu", launch, "fp16")
+
+    def engine_of(workshop: Any, bench: Any, candidate: Any, label: str, batch: int) -> Any:
+        if candidate is not None and candidate.reduction is not None:
+            raise BuildError("rivals have no engine yet")
+        built.append((label, batch))
+        return Fake()
+
+    monkeypatch.setattr(latency_module, "require_engines", lambda library: None)
+    monkeypatch.setattr(latency_module, "engine_of", engine_of)
+    monkeypatch.setattr(runner_module, "DEFAULT_LATENCY", ("stm", "mtr", "stm-mean"))
+    arguments = {**QUICK, "methods": ["stm", "mtr"], "latency": ["default"], "latency_batches": [2]}
+    drawn: list[list[int]] = []
+    monkeypatch.setattr(plots_module, "_accuracy", lambda run, path, label, place: drawn.append([x for row in run.rows if (x := place(row))]) or path)
+    monkeypatch.setattr(plots_module, "_layers", lambda run, path: path)
+    monkeypatch.setattr(plots_module, "_plans", lambda run, path: path)
+    run = measure(tiny(), tmp_path, **arguments)
+    found = run.latency("stm", "TL 20", 2)
+    assert found is not None
+    assert found.median_ms is not None
+    assert found.ratio is not None
+    assert run.batches == [2]
+    lacking = run.latency("mtr", "TL 20", 2)
+    assert lacking is not None
+    assert lacking.reason == "BuildError: rivals have no engine yet"
+    assert "rivals have no engine yet" in markdown(run)
+    assert f"{tmp_path}/accuracy-vs-latency-b2-vim-tiny-test.png" in run.outputs
+    assert [len(places) for places in drawn] == [5, 3], "all against FLOPs; the unmerged model and stm against latency"
+    count = len(built)
+    measure(tiny(), tmp_path, **arguments)
+    assert len(built) == count, "timed once"
+    with pytest.raises(ConfigError, match="latency of 'utr' is asked for, which is not measured"):
+        measure(tiny(), tmp_path, **{**arguments, "latency": ["utr"]})
+
+
+def test_a_rivals_engine_is_made_of_our_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[Any] = []
+    workshop = Workshop("cpu")
+    monkeypatch.setattr(workshop, "_built", lambda lowered, name, batch: (built.append((lowered, name, batch)), (None, 0, "fake"))[1])
+    config = TINY.with_changes(name="vim-n", image_size=(64, 64), depth=2)
+    monkeypatch.setitem(stm.registry._MODELS, "vim-n", stm.registry.ModelEntry(config, None, None))
+    bench = Bench(VisionMamba(config, cls_only_last=False).eval())
+    candidate = bench.make(Cell("mtr", Budget(TOKEN_LAYERS, 4)))
+    assert latency_module.engine_of(workshop, bench, candidate, "mtr--TL-4", 2).name == "engine"
+    lowered, name, batch = built[0]
+    assert (name, batch.opt) == ("vim-n-mtr--TL-4-fp16-b2", 2)
+    assert {node.op_type for node in lowered.graph.node} >= {"StmMambaScan", "TopK"}
+
+
+# --- the report --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_document_gets_the_tables_and_plots(measured: tuple[Path, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, run = measured
+    path = tmp_path / "accuracy.md"
+    path.write_text(f"# Ours\n\nkept\n\n{BEGIN}\nold\n{END}\nkept too\n")
+    made = update_document(run, path)
+    text = path.read_text()
+    assert text.startswith("# Ours\n\nkept\n")
+    assert text.endswith(f"{END}\nkept too\n")
+    assert "old" not in text
+    assert "of the model given" in text
+    for heading in ("TL 20, centred", "-20 % FLOPs, anywhere", "does it help?", "tokens removed before which layers", "not measured"):
+        assert heading in text
+    assert "| **stm** |" in text or "| stm |" in text
+    assert NOISE in text
+    for plot in made[1:]:
+        assert Path(plot).stat().st_size > 5000
+        assert f"({path.stem}/{Path(plot).name})" in text
+    monkeypatch.setattr(plots_module, "draw_plots", lambda run, folder: [Path(plot) for plot in made[1:]])
+    update_document(run, path)
+    assert path.read_text() == text, "the same from run to run"
+    with pytest.raises(ArtefactError, match="two runs of vim-tiny-test"):
+        update_document([run, run], path)
+    path.write_text("no markers")
+    with pytest.raises(ArtefactError, match="does not have <!-- stm bench: begin -->"):
+        update_document(run, path)
+
+
+def test_claims_compare_pairs(measured: tuple[Path, Run]) -> None:
+    _, run = measured
+    found = {(one, other): cells for one, other, _, cells in claims(run, "anywhere")}
+    assert set(found) == {
+        ("stm", "stm-one-sided"),
+        ("stm", "stm-mean"),
+        ("stm", "stm-constant"),
+        ("stm", "stm-frontier"),
+        ("tome-balanced", "tome"),
+    }
+    one, other = row_of(run, "stm"), row_of(run, "stm-one-sided")
+    assert found["stm", "stm-one-sided"]["TL 20"].value == pytest.approx(one.top1.value - other.top1.value)
+
+
+def test_nothing_but_the_unmerged_model_makes_no_plot(tmp_path: Path) -> None:
+    run = measure(tiny(), tmp_path / "run", **QUICK, methods=["smaller"])
+    assert [row.name for row in run.rows] == ["none"]
+    assert draw_plots(run, tmp_path / "plots") == []
+    assert "no smaller model" in "\n".join(terminal_lines(run))
+
+
+# --- the command line --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_vim_n(monkeypatch: pytest.MonkeyPatch) -> VimConfig:
+    """While a test runs, vim-n is a model of 6 layers."""
+    entry = stm.registry._MODELS["vim-n"]
+    config = VimConfig("vim-n", 16, depth=6, d_state=4, num_classes=100)
+    monkeypatch.setitem(stm.registry._MODELS, "vim-n", stm.registry.ModelEntry(config, None, entry.weights, entry.class_names))
+    return config
+
+
+COMMAND = ["bench", "accuracy", "--model", "vim-n", "--weights", "random", "--images", "4", "--device", "cpu", "--token-layers", "60"]
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_the_command_line(tiny_vim_n: VimConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan, document = tmp_path / "plan.json", tmp_path / "doc.md"
+    make_plan(tiny_vim_n, schedule={1: (15, 15)}).save(plan)
+    document.write_text(f"{BEGIN}\n{END}\n")
+    arguments = [*COMMAND, "--flops=-10%", "--methods", "stm,mtr", "--variants", "centred", "--plan", f"mine={plan}", "-o", str(tmp_path / "run")]
+    assert main([*arguments, "--document", str(document), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in answer["rows"]] == ["none", "mine", "stm", "stm", "mtr", "mtr"]
+    assert answer["budgets"] == ["TL 60", "-10 % FLOPs", "TL 150"], "the plan has a budget of its own"
+    assert str(document) in answer["outputs"]
+    assert "### vim-n, -10 % FLOPs, centred" in document.read_text()
+    document.write_text(f"{BEGIN}\n{END}\n")
+    assert main(["bench", "accuracy", "--from", str(tmp_path / "run"), "--document", str(document)]) == 0
+    out = capsys.readouterr().out
+    assert "WARNING: RANDOM weights (seed 0)" in out
+    assert "### vim-n, TL 60, centred" in document.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--methods", "stm,magic"], 2, "no method 'magic'"),
+        (["--flops", "lots"], 2, "give what is saved, 40% or 0.4, or what is left, 0.6x"),
+        (["--token-layers", "60,60"], 2, "budget TL 60 is given twice"),
+        (["--variants", "sideways"], 2, "variants are sideways; choose from centred, anywhere"),
+        (["--plan", "mine=none.json"], 2, "cannot read plan none.json"),
+        (["--plan", "stm=plan.json"], 2, "plan"),
+        (["--minutes", "-1"], 2, "minutes is -1.0"),
+        (["--methods", "stm", "--latency", "utr"], 2, "latency of 'utr' is asked for"),
+        (["--methods", "stm", "--latency"], 3, "TensorRT"),
+        (["--checkpoint", "none.safetensors"], 2, "--weights random excludes --checkpoint"),
+    ],
+)
+def test_what_is_wrong_is_said(tiny_vim_n: VimConfig, arguments: list[str], code: int, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*COMMAND, *arguments]) == code
+    err = capsys.readouterr().err
+    assert text in err
+    assert "Traceback" not in err
+
+
+def test_damaged_and_foreign_folders_are_refused(measured: tuple[Path, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "accuracy", "--from", str(tmp_path)]) == 9
+    assert "it has no run.json" in capsys.readouterr().err
+    (tmp_path / "run.json").write_text('{"schema": 1, "kind": "eval-run"}')
+    with pytest.raises(ArtefactError, match="not of this version's `stm bench accuracy`"):
+        read_run(tmp_path)
+    folder = tmp_path / "copy"
+    (folder / "records").mkdir(parents=True)
+    source, _ = measured
+    (folder / "run.json").write_text((source / "run.json").read_text())
+    for path in (source / "records").glob("anywhere--none*"):
+        (folder / "records" / path.name).write_text(path.read_text())
+    assert [row.name for row in read_run(folder).rows] == ["none"]
+    other = json.loads((source / "records" / "anywhere--stm--TL-20.json").read_text())
+    (folder / "records" / "anywhere--stm--TL-20.json").write_text(json.dumps({**other, "top": other["top"][:3]}))
+    with pytest.raises(ArtefactError, match="stm has 3 predictions for 10 images"):
+        read_run(folder)
+    (folder / "records" / "anywhere--stm--TL-20.json").write_text("{cut")
+    with pytest.raises(ArtefactError, match=r"anywhere--stm--TL-20\.json .*remove it, and it is measured again"):
+        read_run(folder)
+    assert main(["bench", "accuracy", "--from", str(folder), "--methods", "stm"]) == 2
+    assert "--methods belong to --model" in capsys.readouterr().err
+
+
+def test_a_model_of_other_classes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has 10 classes, the images of stm\.data have 100"):
+        measure(VisionMamba(TINY.with_changes(num_classes=10)), tmp_path, **QUICK)
+
+
+@pytest.mark.parametrize("command", re.findall(r"^    stm (bench accuracy .*)$", DOCUMENT.read_text(encoding="utf-8"), re.M))
+def test_documented_commands_parse(command: str) -> None:
+    _parser("bench accuracy").parse_args(shlex.split(command)[2:])
+
+
+def test_the_document_has_the_markers() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert (text.count(BEGIN), text.count(END)) == (1, 1)
+
+
+def test_help_names_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["bench", "accuracy", "--help"])
+    assert done.value.code == 0
+    assert "usage: stm bench accuracy" in capsys.readouterr().out
+
+
+def test_normalising_resizes_only_where_the_size_differs() -> None:
+    pixels, _ = images(1)
+    full = normalised(pixels, TINY.with_changes(image_size=(224, 224)))
+    mean, std = torch.tensor(TINY.mean).view(3, 1, 1), torch.tensor(TINY.std).view(3, 1, 1)
+    torch.testing.assert_close(full, (pixels / 255 - mean) / std)
+    small = normalised(pixels, TINY)
+    assert tuple(small.shape) == (1, 3, 96, 96)
+    area = F.interpolate(pixels / 255, (96, 96), mode="area")
+    assert float(((small * std + mean) - area).abs().mean()) < 0.05
+
+
+def test_plans_of_a_run_survive_their_records(measured: tuple[Path, Run]) -> None:
+    folder, run = measured
+    plan = row_of(run, "stm").plan
+    assert isinstance(plan, MergePlan)
+    assert plan == make_plan(TINY, schedule=k_schedule(TINY, 20))
+    assert [row.plan for row in read_run(folder).rows] == [row.plan for row in run.rows]

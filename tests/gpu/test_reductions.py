@@ -1,0 +1,88 @@
+"""Methods that look at the image as engines: ViM-Ti, fp16, each on our nodes, right, and timed.
+
+The rule for right: scores that nearly tie may come out in another order in half precision, and such an image goes another way, in
+PyTorch's half precision, too. So an engine passes if all images keep the fp16 tolerance, or if the median and the 90 % quantile of the
+images' errors are within it or within twice those of PyTorch's own fp16 model against PyTorch's float32.
+"""
+
+import copy
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from exporter.images import varied_inputs
+from exporter.parity import compare_logits
+from exporter.passes.tensorrt import plugin_nodes
+from exporter.runtimes.pytorch import TorchRunner
+from exporter.runtimes.trt import graph_latency_ms, tensorrt_runner
+from exporter.tolerances import tolerance
+from stm.reduction import list_reductions
+
+from .test_engine_parity import logits
+
+MODEL, PRESET, IMAGES, BATCHES = "vim-t", "tl-792", 128, (1, 64, 128)
+METHODS = os.environ.get("STM_GPU_REDUCTIONS", " ".join(list_reductions())).split()
+
+
+def _export(folder, method):
+    import torch
+
+    import stm
+    from exporter.onnx_export import export_onnx
+    from stm.reduction import parse_reduction, with_reduction
+
+    torch.set_num_threads(2)
+    model = stm.create_model(MODEL)
+    path = Path(folder) / f"{method}.onnx"
+    path.write_bytes(export_onnx(with_reduction(model, parse_reduction(f"{method}:{PRESET}", model.config))).SerializeToString())
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """exported(method) -> portable ONNX file; all are exported in parallel at the start."""
+    folder = tmp_path_factory.mktemp("reductions")
+    with ProcessPoolExecutor(min(len(METHODS), max(1, (os.cpu_count() or 2) // 2)), mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {method: pool.submit(_export, str(folder), method) for method in METHODS}
+        made = {method: Path(future.result()) for method, future in futures.items()}
+    return made.__getitem__
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_engine_of_a_method(method, exported, work, record):
+    import onnx
+
+    import stm
+    from exporter.engine import BatchProfile, BuildOptions, build_engine, deserialize, process
+    from exporter.passes.tensorrt import lower_tensorrt
+    from stm.reduction import parse_reduction, with_reduction
+
+    lowered = lower_tensorrt(onnx.load(str(exported(method))), "fp16")
+    blob, info = build_engine(lowered, BuildOptions(batch=BatchProfile(*BATCHES), timing_cache=work / "timing.cache"))
+    assert sorted(info.plugin_layers) == sorted(plugin_nodes(lowered))
+    engine = deserialize(process(), blob)
+
+    base = stm.create_model(MODEL).cuda()
+    model = with_reduction(base, parse_reduction(f"{method}:{PRESET}", base.config).cuda())
+    config = model.config
+    feeds = list(varied_inputs(config.image_size, config.mean, config.std, IMAGES).reshape(-1, 64, 3, *config.image_size))
+    want = logits(TorchRunner(model), feeds)
+    got = logits(tensorrt_runner(engine), feeds)
+    half = logits(TorchRunner(copy.deepcopy(model).half()), feeds)
+    allowed = tolerance("fp16")
+    spread = np.concatenate(want).std()
+    ours, theirs = (np.abs(np.concatenate(x).astype(np.float64) - np.concatenate(want)).max(1) / spread for x in (got, half))
+    metrics, failures = compare_logits(got, want, allowed)
+    quantiles = {f"q{int(100 * q)}": (float(np.quantile(ours, q)), float(np.quantile(theirs, q))) for q in (0.5, 0.9)}
+    record("reduction", method=method, preset=PRESET, seconds=info.seconds, metrics=metrics, quantiles=quantiles, within_tolerance=not failures)
+    for batch in (BATCHES[0], BATCHES[-1]):
+        figures = graph_latency_ms(engine, batch, config.image_size, replays=20 if batch > 1 else 100)
+        record("latency", model=f"{MODEL} {method}", rate=PRESET, build_seconds=info.seconds, memory_mib=info.device_memory_bytes / 2**20, **figures)
+    assert np.isfinite(np.concatenate(got)).all()
+    if failures:
+        for name, (mine, torchs) in quantiles.items():
+            assert mine <= max(2 * torchs, allowed.max_error), f"{name}: {mine:.3g}, PyTorch's fp16 {torchs:.3g}; {failures}"
