@@ -18,7 +18,7 @@ struct ConvXProjParams {  // contiguous; extents in elements
 
 // Stored in engines: never renumber; zero is reserved by TensorRT.
 // kSimple: every type and extent (row a multiple of 8). kTensorCore: fp16, bf16; d_inner a multiple of 32, row <= 96.
-// kTensorCore rounds u to T, for many tokens the taps as well.
+// kTensorCore rounds u to T, for some hundred to some thousand tokens the taps as well.
 enum class ConvXProjTactic : int32_t { kSimple = 1, kTensorCore = 2 };
 
 // Tactics that can run these extents and type, safest first; returns their number (at most capacity).

@@ -209,10 +209,8 @@ cudaError_t launch(const ConvXProjParams& p, int cluster_log2, cudaStream_t stre
   if (cluster > 1 && (!hopper || cluster > steps)) return cudaErrorInvalidConfiguration;
   const int warps = std::min(Traits::kMaxWarps, (steps + cluster - 1) / cluster);
   const int bytes = warps * kTokens * Traits::kPitch * 4 + (cluster > 1 ? Traits::kSums * 16 : 0);
-  if (bytes > 48 * 1024) {
-    const cudaError_t status = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (status != cudaSuccess) return status;
-  }
+  const cudaError_t status = allow_shared<kKernel>(static_cast<size_t>(bytes));
+  if (status != cudaSuccess) return status;
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;

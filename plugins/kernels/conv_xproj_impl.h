@@ -11,14 +11,16 @@ cudaError_t conv_xproj_tensor_core(const ConvXProjParams& p, cudaStream_t stream
 
 // How the tensor-core tactic lays its work out. Tests and timings name a shape; otherwise tokens and the card choose.
 // kFew*: 16 tokens a block, or a cluster of 2, 4, 8 blocks (sm_90). kSplit*: 8, 4 or 2 warps share the channels of 48
-// tokens. kMany: 32 tokens a warp.
-enum class ConvXProjShape { kFew, kFewCluster2, kFewCluster4, kFewCluster8, kSplit8, kSplit4, kSplit2, kMany };
-constexpr int kConvXProjShapes = 8;
+// tokens. kWide: 96 tokens, both directions, in a block (d_inner a multiple of 64, row <= 80). kMany: 32 tokens a warp.
+enum class ConvXProjShape { kFew, kFewCluster2, kFewCluster4, kFewCluster8, kSplit8, kSplit4, kSplit2, kMany, kWide };
+constexpr int kConvXProjShapes = 9;
 ConvXProjShape conv_xproj_shape(const ConvXProjParams& p);
 // cudaErrorInvalidConfiguration: not on this card, or too few or too many channels.
 cudaError_t conv_xproj_tensor_core(const ConvXProjParams& p, ConvXProjShape shape, cudaStream_t stream);
 cudaError_t conv_xproj_few(const ConvXProjParams& p, int cluster_log2, cudaStream_t stream);
 cudaError_t conv_xproj_split(const ConvXProjParams& p, ConvXProjShape shape, cudaStream_t stream);
 cudaError_t conv_xproj_many(const ConvXProjParams& p, cudaStream_t stream);
+bool conv_xproj_wide_supported(int32_t d_inner, int32_t row);
+cudaError_t conv_xproj_wide(const ConvXProjParams& p, cudaStream_t stream);
 
 }  // namespace stm

@@ -1,5 +1,6 @@
-// conv_xproj_many.cu: both convs + SiLU + x_proj for many tokens: a block's warps take different tokens and share the
-// weights through shared memory. u is made in the registers that the product takes as its A operand and never stored.
+// conv_xproj_many.cu: both convs + SiLU + x_proj for many tokens where conv_xproj_wide.cu cannot run: a block's warps take
+// different tokens and share the weights through shared memory. u is made in the registers that the product takes as its A
+// operand and never stored.
 #include <climits>
 
 #include "conv_xproj_impl.h"

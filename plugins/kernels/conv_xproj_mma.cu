@@ -19,8 +19,8 @@ ConvXProjShape conv_xproj_shape(const ConvXProjParams& p) {
   if (2 * few_blocks <= 3 * processors) return ConvXProjShape::kFew;
   if (2 * spans <= processors) return ConvXProjShape::kSplit8;
   if (spans <= processors) return ConvXProjShape::kSplit4;
-  if (spans <= 2 * processors) return ConvXProjShape::kSplit2;
-  return ConvXProjShape::kMany;
+  if (conv_xproj_wide_supported(p.d_inner, p.row)) return ConvXProjShape::kWide;
+  return spans <= 2 * processors ? ConvXProjShape::kSplit2 : ConvXProjShape::kMany;
 }
 
 cudaError_t conv_xproj_tensor_core(const ConvXProjParams& p, ConvXProjShape shape, cudaStream_t stream) {
@@ -30,6 +30,7 @@ cudaError_t conv_xproj_tensor_core(const ConvXProjParams& p, ConvXProjShape shap
     case ConvXProjShape::kFewCluster4: return conv_xproj_few(p, 2, stream);
     case ConvXProjShape::kFewCluster8: return conv_xproj_few(p, 3, stream);
     case ConvXProjShape::kMany: return conv_xproj_many(p, stream);
+    case ConvXProjShape::kWide: return conv_xproj_wide(p, stream);
     default: return conv_xproj_split(p, shape, stream);
   }
 }

@@ -289,16 +289,11 @@ cudaError_t launch(const ConvXProjParams& p, cudaStream_t stream) {
   const int64_t tiles = (groups * kGroupTokens + Traits::kTokens - 1) / Traits::kTokens;
   if (groups * kGroupTokens > INT_MAX - Traits::kTokens) return cudaErrorInvalidValue;
   if (static_cast<int64_t>(p.batch) * p.seqlen * (p.d_inner / 4) > UINT32_MAX) return cudaErrorInvalidConfiguration;
-  const int64_t bytes = Traits::shared_bytes(p.d_inner);
-  int device = 0, most = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (status == cudaSuccess && bytes > most) status = cudaErrorInvalidConfiguration;
-  if (status == cudaSuccess && bytes > 48 * 1024)
-    status = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  const auto bytes = static_cast<size_t>(Traits::shared_bytes(p.d_inner));
+  if (bytes > shared_bytes_of_device()) return cudaErrorInvalidConfiguration;
+  const cudaError_t status = allow_shared<kKernel>(bytes);
   if (status != cudaSuccess) return status;
-  return launch_dependent<split_kernel<Traits>>(dim3(static_cast<unsigned>(tiles), 2 / kDirs), dim3(Traits::kThreads),
-                                               static_cast<size_t>(bytes), stream, p);
+  return launch_dependent<kKernel>(dim3(static_cast<unsigned>(tiles), 2 / kDirs), dim3(Traits::kThreads), bytes, stream, p);
 }
 
 template <typename T, int kTiles>

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstddef>
+#include <mutex>
 #include <utility>
 
 namespace stm {
@@ -14,6 +15,34 @@ inline int processors_of_device() {
   if (cudaGetDevice(&device) == cudaSuccess)
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   return processors;
+}
+
+// Shared memory that a block may ask for, in bytes.
+inline size_t shared_bytes_of_device() {
+  int device = 0, bytes = 227 * 1024;
+  if (cudaGetDevice(&device) == cudaSuccess)
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return static_cast<size_t>(bytes);
+}
+
+// Dynamic shared memory beyond 48 KB must be asked for, once a kernel and device; never less than before, since another
+// thread may be about to launch with that.
+template <auto kKernel>
+cudaError_t allow_shared(size_t bytes) {
+  constexpr int kDevices = 64;
+  static std::atomic<size_t> allowed[kDevices];
+  static std::mutex asking;
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  if (device >= kDevices) return cudaErrorInvalidDevice;
+  if (bytes <= allowed[device].load(std::memory_order_acquire)) return cudaSuccess;
+  const std::lock_guard<std::mutex> lock(asking);
+  if (bytes <= allowed[device].load(std::memory_order_relaxed)) return cudaSuccess;
+  status = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (status == cudaSuccess) allowed[device].store(bytes, std::memory_order_release);
+  return status;
 }
 
 // A kernel launched by launch_dependent may start while the one before it in the stream still runs. Before

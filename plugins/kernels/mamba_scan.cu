@@ -1,8 +1,6 @@
 // mamba_scan.cu: checks the extents, chooses the kernel, adds the merge weights.
 #include "mamba_scan.h"
 
-#include <algorithm>
-
 #include "launch.cuh"
 #include "mamba_scan_impl.h"
 
@@ -24,23 +22,16 @@ bool valid(const MambaScanParams& p) {
   return true;
 }
 
-bool adaptive_supported(int32_t seqlen, int32_t d_inner, int32_t d_state, int32_t dt_rank, int32_t row, DataType type) {
-  return mamba_scan_walk_supported(d_inner, d_state, dt_rank, row, type) &&
-         mamba_scan_segments_supported(seqlen, d_inner, d_state, dt_rank, row, type);
-}
-
-// Up to this many tokens segments are the fastest while there are at most so many channels (of all images) for each
-// multiprocessor. Measured on an H100 at 197 tokens: 7 us from 3 to 6 of them, 10.5 at 12, 20 at 23, where the walk takes 20
-// whatever their number up to 24.
-constexpr struct {
-  int32_t seqlen, channels;
-} kSegmentsUpTo[] = {{208, 21}};
+// Where segments go, they are the fastest while there are at most so many channels (of all images) for each multiprocessor.
+// Measured on an H100 at 197 tokens: 7 us from 3 to 6 of them, 10.5 at 12, 20 at 23, where the walk takes 20 whatever their
+// number up to 24.
+constexpr int32_t kSegmentsChannels = 21;
 
 MambaScanTactic fastest(const MambaScanParams& p, int32_t processors) {
   const int64_t channels = static_cast<int64_t>(p.batch) * p.d_inner;
-  for (const auto& limit : kSegmentsUpTo)
-    if (p.seqlen <= limit.seqlen && channels <= static_cast<int64_t>(processors) * limit.channels)
-      return MambaScanTactic::kSegments;
+  if (mamba_scan_segments_supported(p.seqlen, p.d_inner, p.d_state, p.dt_rank, p.type) &&
+      channels <= static_cast<int64_t>(processors) * kSegmentsChannels)
+    return MambaScanTactic::kSegments;
   const bool two_pass =
       mamba_scan_walk_two_pass_supported(p.seqlen, p.d_inner, p.d_state, p.dt_rank, p.row, p.type) &&
       mamba_scan_walk_cycles(p, processors, true) < mamba_scan_walk_cycles(p, processors, false);
@@ -58,21 +49,19 @@ int32_t mamba_scan_tactics(int32_t seqlen, int32_t d_inner, int32_t d_state, int
   if (!known(type) || seqlen < 1 || seqlen > kMaxSeqlen || d_inner < 1 || d_state < 1 || d_state > kMaxStates ||
       dt_rank < 1 || row % 8 != 0 || row < dt_rank + 2 * d_state)
     return 0;
-  if (adaptive_supported(seqlen, d_inner, d_state, dt_rank, row, type)) add(MambaScanTactic::kAdaptive);
+  if (mamba_scan_walk_supported(d_inner, d_state, dt_rank, row, type)) add(MambaScanTactic::kAdaptive);
   if (every && mamba_scan_walk_supported(d_inner, d_state, dt_rank, row, type)) add(MambaScanTactic::kWalkMma);
   if (every && mamba_scan_walk_two_pass_supported(seqlen, d_inner, d_state, dt_rank, row, type))
     add(MambaScanTactic::kWalkMmaTwoPass);
-  if (every && mamba_scan_segments_supported(seqlen, d_inner, d_state, dt_rank, row, type)) add(MambaScanTactic::kSegments);
+  if (every && mamba_scan_segments_supported(seqlen, d_inner, d_state, dt_rank, type)) add(MambaScanTactic::kSegments);
   add(MambaScanTactic::kSimple);
   return count;
 }
 
 size_t mamba_scan_workspace_bytes(int64_t batch, int64_t seqlen, int64_t d_inner, int64_t d_state, int64_t,
                                   DataType type) {
-  // Wrappers ask before the tactic is known: the largest need of any.
-  if (type == DataType::kFloat32 || d_state != 16) return 0;
-  return std::max(mamba_scan_segments_workspace_bytes(batch, seqlen, d_inner),
-                  mamba_scan_walk_workspace_bytes(batch, seqlen, d_inner));
+  // Wrappers ask before the tactic is known: the need of the only one that has any.
+  return type == DataType::kFloat32 || d_state != 16 ? 0 : mamba_scan_walk_workspace_bytes(batch, seqlen, d_inner);
 }
 
 cudaError_t mamba_scan(const MambaScanParams& p, MambaScanTactic tactic, cudaStream_t stream) {
@@ -92,8 +81,8 @@ cudaError_t mamba_scan(const MambaScanParams& p, MambaScanTactic tactic, cudaStr
         status = mamba_scan_walk(p, processors, true, stream);
       break;
     case MambaScanTactic::kSegments:
-      if (mamba_scan_segments_supported(p.seqlen, p.d_inner, p.d_state, p.dt_rank, p.row, p.type))
-        status = mamba_scan_segments(p, stream);
+      if (mamba_scan_segments_supported(p.seqlen, p.d_inner, p.d_state, p.dt_rank, p.type))
+        status = mamba_scan_segments(p, processors, stream);
       break;
     case MambaScanTactic::kAdaptive: break;  // resolved above
   }

@@ -33,8 +33,8 @@ struct MambaScanParams {  // contiguous; extents in elements
 // kSimple: every type and extent. kWalkMma, for large batches: fp16, bf16; d_state 16, d_inner a multiple of 16 (of 32 for
 // its full speed), dt_rank one of 4 and at most 64, row = round_up(dt_rank + 32, 8); the state goes through fp16, so |h|
 // must stay below 65,504. kWalkMmaTwoPass, for long sequences in small batches: the same from 209 tokens; L is cut into
-// pieces, and a first pass computes the state before each. kSegments, for small batches of short sequences: the same types,
-// d_state and dt_rank, the same bound on |h|; d_inner a multiple of 4.
+// pieces, and a first pass computes the state before each. kSegments, for small batches of at most 208 tokens: the same
+// types, d_state and dt_rank, the same bound on |h|; d_inner a multiple of 4.
 // kAdaptive: one of these three, chosen at each launch by batch, extents and card. TensorRT times a tactic at a profile's opt
 // batch alone and runs it at every other: a profile 1:8:64 took kSegments and was 2.4 times too slow at 64.
 enum class MambaScanTactic : int32_t { kSimple = 1, kWalkMma = 2, kSegments = 3, kWalkMmaTwoPass = 4, kAdaptive = 5 };
@@ -43,7 +43,8 @@ enum class MambaScanTactic : int32_t { kSimple = 1, kWalkMma = 2, kSegments = 3,
 // their number (at most capacity).
 int32_t mamba_scan_tactics(int32_t seqlen, int32_t d_inner, int32_t d_state, int32_t dt_rank, int32_t row, DataType type,
                            int32_t* tactics, int32_t capacity, bool every = false);
-// The largest need of any tactic; does not shrink with the batch. 0 up to 208 tokens: then workspace may be null.
+// What kWalkMmaTwoPass needs, and no other tactic; does not shrink with the batch. 0 up to 208 tokens: then workspace may be
+// null.
 size_t mamba_scan_workspace_bytes(int64_t batch, int64_t seqlen, int64_t d_inner, int64_t d_state, int64_t nb_pairs,
                                   DataType type);
 // Enqueues only: no allocation, synchronisation or exception, so it may be captured.

@@ -7,10 +7,8 @@ namespace stm {
 // What mamba_scan_tactics asks, too; `supported` is false where the kernel has no path. walk and segments write the merge
 // weights too: the blocks that compute them stand in front of their own.
 cudaError_t mamba_scan_simple(const MambaScanParams& p, cudaStream_t stream);
-bool mamba_scan_segments_supported(int32_t seqlen, int32_t d_inner, int32_t d_state, int32_t dt_rank, int32_t row,
-                                   DataType type);
-size_t mamba_scan_segments_workspace_bytes(int64_t batch, int64_t seqlen, int64_t d_inner);
-cudaError_t mamba_scan_segments(const MambaScanParams& p, cudaStream_t stream);
+bool mamba_scan_segments_supported(int32_t seqlen, int32_t d_inner, int32_t d_state, int32_t dt_rank, DataType type);
+cudaError_t mamba_scan_segments(const MambaScanParams& p, int32_t processors, cudaStream_t stream);
 bool mamba_scan_walk_supported(int32_t d_inner, int32_t d_state, int32_t dt_rank, int32_t row, DataType type);
 bool mamba_scan_walk_two_pass_supported(int32_t seqlen, int32_t d_inner, int32_t d_state, int32_t dt_rank, int32_t row,
                                         DataType type);

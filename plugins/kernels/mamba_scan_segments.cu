@@ -1,7 +1,6 @@
-// mamba_scan_segments.cu: the scan for small batches, where a walk of L steps would leave the card idle: L is cut into
-// segments walked side by side, with one pass of exponentials (d_state 16).
+// mamba_scan_segments.cu: the scan for small batches of short sequences, where a walk of L steps would leave the card
+// idle: L is cut into segments walked side by side, with one pass of exponentials (d_state 16).
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 
 #include "device.cuh"
@@ -12,8 +11,7 @@
 namespace stm {
 namespace {
 
-constexpr int kStates = 16, kMaxRank = 64;
-constexpr int kMaxPart = 208;  // tokens of a block; beyond it L is cut into parts
+constexpr int kStates = 16, kMaxRank = 64, kMaxSeqlen = 208;
 
 // A warp walks a group of 8 segments of two channels in one direction: 16 rows of an mma tile. Fewer channels a block
 // mean more blocks; more channels read x_dbl less often.
@@ -31,7 +29,7 @@ struct SegmentsTraits {
   static constexpr int kTiles = (kChannels + 3) / 4;               // of dt_proj: 8 columns (direction, channel)
   static constexpr int kTileDirs = kPairs == 3 ? 1 : 2;            // directions in a tile, at most
   static constexpr int kPiece = kChannels % 4 == 0 ? 4 : 2;        // channels of x, z or y that a thread takes
-  static constexpr int kPieceLanes = kChannels == kPiece ? 1 : 4;  // of a token; the last of four idles
+  static constexpr int kPieces = kChannels / kPiece, kAtOnce = kThreads / kPieces;  // of a token; tokens at once
 };
 
 // Which columns of dt_proj's tile lie with the lanes of quarter q: a pair of channels in one direction.
@@ -47,27 +45,31 @@ __device__ __forceinline__ Column column_of(int tile, int q) {
 }
 
 // How L is cut: `tokens` of a segment, 2^32 / tokens rounded up. merge_blocks stand in front of the others and take the
-// merge weights; end_only: first of two launches, only what a part does to the state.
+// merge weights.
 struct SegmentsCut {
-  int part_len, tokens;
+  int tokens;
   uint32_t reciprocal;
   int merge_blocks;
-  bool end_only;
 };
 
 template <typename Traits>
 struct SegmentsShared {
   static constexpr int kPairs = Traits::kPairs, kChannels = Traits::kChannels, kTokens = Traits::kTokens;
   static constexpr int kStride = Traits::kSegments + 1;  // odd, against bank conflicts
-  // By direction and pair, then token of the segment, then segment.
-  float4 steps[2 * kPairs][kTokens * kStride];                   // s delta of two channels, their y
-  uint32_t u_delta[2 * kPairs][kTokens * kStride];               // fp16
+  // Of a direction and pair: by token of the segment, then segment.
+  struct Steps {
+    // C h leaves the mma in columns 2q, 2q + 1, of which one is the segment's own. So y of the two channels is in elements
+    // 0 and 2 of an even segment, in 1 and 3 of an odd one; the others mean nothing.
+    float4 y[kTokens * kStride];
+    float2 s_delta[kTokens * kStride];
+    uint32_t u_delta[kTokens * kStride];  // fp16
+  } steps[2 * kPairs];
   uint2 B[2][Traits::kGroups][kTokens][32], C[2][Traits::kGroups][kTokens][32];  // fragments, fp16
   struct alignas(16) {
     float end[2][144], decay[2][144];  // by channel: 8 segments x 16 states, padding; state from zero, its decay
     __half incoming[8][2][kStates];    // state before each segment
   } carry[Traits::kWarps];
-  alignas(8) typename Traits::T x[(kMaxPart + 7) * kChannels], z[kMaxPart * kChannels];  // x: three tokens around
+  alignas(8) typename Traits::T x[(kMaxSeqlen + 7) * kChannels], z[kMaxSeqlen * kChannels];  // x: three tokens around
 };
 
 // 4 or 8 bytes to a shared address, through L1; zeros if not `valid`.
@@ -112,7 +114,7 @@ __device__ __forceinline__ uint32_t as_half2<__nv_bfloat16>(uint32_t v) {
 
 __device__ __forceinline__ __half2 half2_of(uint32_t v) { return *reinterpret_cast<__half2*>(&v); }
 
-// Grid (merge blocks + channel blocks, batch, parts). Position k of a direction is the token k steps into its walk:
+// Grid (merge blocks + channel blocks, batch). Position k of a direction is the token k steps into its walk:
 // token k % tokens of segment k / tokens. Lane (g, q) = (lane / 4, lane % 4).
 // Three steps. First u and delta: a lane takes tokens 2g, 2g + 1 of 16 and two channels (q), dt_proj by mma. Then each
 // warp walks its segments from a zero state: lane (g, q) has segment g, two channels and states 4q..4q+3; u delta B and
@@ -128,39 +130,30 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
   constexpr int kFirst = Traits::kFirst, kMore = Traits::kMore, kTokens = Traits::kTokens, kStride = Shared::kStride;
   constexpr int kWarps = Traits::kWarps, kThreads = Traits::kThreads;
   constexpr int kTiles = Traits::kTiles, kTileDirs = Traits::kTileDirs, kRowSteps = kMaxRank / 32;
-  constexpr int kPiece = Traits::kPiece, kPieceLanes = Traits::kPieceLanes;
+  constexpr int kPiece = Traits::kPiece, kPieces = Traits::kPieces, kAtOnce = Traits::kAtOnce;
   constexpr bool kKeepStates = Traits::kKeepStates;
   extern __shared__ __align__(16) unsigned char storage[];
   Shared& shared = *reinterpret_cast<Shared*>(storage);
 
   const int b = blockIdx.y;
   if (static_cast<int>(blockIdx.x) < cut.merge_blocks) {
-    wait_for_previous();
-    let_next_start();
-    if (blockIdx.z != 0) return;
     for (int group = blockIdx.x; group < merge_groups(p); group += cut.merge_blocks)
-      merge_weights_of_group<T, kThreads, true>(p, group, b, *reinterpret_cast<MergeWeightShared*>(storage));
+      merge_weights_of_group<T, kThreads, true>(p, group, b, *reinterpret_cast<MergeWeightShared<kThreads>*>(storage));
     return;
   }
 
   const int tid = threadIdx.x, lane = tid % 32, g = lane >> 2, q = lane & 3;
   const int warp = __shfl_sync(~0u, tid / 32, 0);  // uniform, for the compiler too
   const int L = p.seqlen, E = p.d_inner, R = p.dt_rank, cls = p.cls_index, tokens = cut.tokens;
-  const int parts = gridDim.z, part = blockIdx.z, base = part * cut.part_len, len = min(cut.part_len, L - base);
   const int c0 = (static_cast<int>(blockIdx.x) - cut.merge_blocks) * kChannels;
   // Positions that matter: with cls_index each direction stops at that token.
-  const bool whole = cut.end_only || cls < 0;
-  if (!whole && (cls < base || cls >= base + len)) {  // nothing to write
-    wait_for_previous();
-    let_next_start();
-    return;
-  }
-  const int len_forward = whole ? len : cls - base + 1, len_backward = whole ? len : base + len - cls;
+  const int len_forward = cls < 0 ? L : cls + 1, len_backward = cls < 0 ? L : L - cls;
   auto pair_channel = [&](int d, int pair) { return d * E + min(c0 + 2 * pair, E - 2); };  // idle ones repeat the last
-  auto slot = [&](int position) {  // in steps, u_delta: (position % tokens) kStride + position / tokens
-    const int segment = static_cast<int>(__umulhi(position, cut.reciprocal));
-    return position * kStride - segment * (tokens * kStride - 1);
+  auto segment_of = [&](int position) { return static_cast<int>(__umulhi(position, cut.reciprocal)); };
+  auto slot = [&](int position) {  // in y, s_delta, u_delta: (position % tokens) kStride + position / tokens
+    return position * kStride - segment_of(position) * (tokens * kStride - 1);
   };
+  auto y_of = [&](int row, int position) { return &shared.steps[row].y[slot(position)].x + (segment_of(position) & 1); };
 
   // ---- weights: a lane keeps its own. Column g of dt_proj's tile is channel g & 1 of pair g >> 1; a lane gets sums
   // 2q and 2q + 1.
@@ -200,11 +193,11 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
   }
 
   // ---- addresses, in bytes. Tokens of the batch are counted in 32 bits, and so are a row's bytes.
-  const int piece_token = tid / kPieceLanes, piece = tid % kPieceLanes * kPiece;  // of x, z and y: first token, channel
-  const bool piece_exists = piece < kChannels && c0 + piece < E;
-  const uint32_t xz_stride = 2 * E * static_cast<uint32_t>(sizeof(T)), xz_step = kThreads / kPieceLanes * xz_stride;
+  const int piece_token = tid / kPieces, piece = tid % kPieces * kPiece;  // of x, z and y: first token, channel
+  const bool piece_exists = c0 + piece < E;
+  const uint32_t xz_stride = 2 * E * static_cast<uint32_t>(sizeof(T)), xz_step = kAtOnce * xz_stride;
   const uint32_t row_stride = p.row * static_cast<uint32_t>(sizeof(T));
-  const uint32_t first_token = b * L + base, dir_tokens = p.batch * L;
+  const uint32_t first_token = b * L, dir_tokens = p.batch * L;
   const char* xz = static_cast<const char*>(p.xz) + (c0 + piece) * sizeof(T);
   const char* x_source = xz + static_cast<int64_t>(static_cast<int>(first_token) + piece_token - 3) * xz_stride;
   const char* x_dbl = static_cast<const char*>(p.x_dbl);
@@ -217,30 +210,30 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
   const int bc_position = (warp % kGroups * 8 + 2 * two) * tokens + bc_first;
   const int bc_last = (bc_dir ? len_backward : len_forward) - 1;
   const int bc_stride = static_cast<int>(bc_dir ? -row_stride : row_stride);
-  const uint32_t bc_row = first_token + (bc_dir ? dir_tokens + len - 1 : 0);
+  const uint32_t bc_row = first_token + (bc_dir ? dir_tokens + L - 1 : 0);
   const char* bc_source = x_dbl + (R + 4 * (lane & 7)) * sizeof(T) + static_cast<uint64_t>(bc_row) * row_stride;
   uint32_t x_target = static_cast<uint32_t>(__cvta_generic_to_shared(&shared.x[piece_token * kChannels + piece]));
-  constexpr int kCopyBytes = kPiece * sizeof(T), kCopyStep = kThreads / kPieceLanes * kChannels * sizeof(T);
+  constexpr int kCopyBytes = kPiece * sizeof(T), kCopyStep = kAtOnce * kChannels * sizeof(T);
   pin(x_source), pin(dt_source), pin(dt_source1), pin(bc_source), pin(x_target);
   wait_for_previous();
   let_next_start();
 
   // ---- all loads at once
-  const int x_left = piece < kChannels ? len + 6 - piece_token : 0;
+  const int x_left = L + 6 - piece_token;
 #pragma unroll
-  for (int i = 0; i * kThreads < (kMaxPart + 6) * kPieceLanes; i++) {
-    const int ahead = i * (kThreads / kPieceLanes), token = base + piece_token + ahead - 3;
+  for (int i = 0; i * kAtOnce < kMaxSeqlen + 6; i++) {
+    const int ahead = i * kAtOnce, token = piece_token + ahead - 3;
     if (ahead < x_left)
       copy_async<kCopyBytes>(x_target + i * kCopyStep, x_source + i * xz_step,
                              piece_exists && token >= 0 && token < L);
   }
   copy_async_commit();
 
-  const int blocks = (len + 15) / 16;  // of 16 tokens
+  const int blocks = (L + 15) / 16;  // of 16 tokens
   auto load_rows = [&](int block, uint4 (&v)[kTileDirs][kRowSteps][2]) {
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-      const uint32_t t = min(16 * block + 2 * g + k, len - 1);
+      const uint32_t t = min(16 * block + 2 * g + k, L - 1);
 #pragma unroll
       for (int d = 0; d < kTileDirs; d++) {
         if (d >= tile_dirs) break;
@@ -266,14 +259,14 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
   const float4 A0 = load4(A), A1 = load4(A + kStates);
 
   // ---- what is needed later, in the shadow of these loads
-  const int z_begin = whole ? 0 : cls - base, z_end = whole ? len : z_begin + 1;
-  const int z_left = !cut.end_only && piece < kChannels ? z_end - z_begin - piece_token : 0;
+  const int z_begin = max(cls, 0), z_end = cls < 0 ? L : cls + 1;
+  const int z_left = z_end - z_begin - piece_token;
   const char* z_source = xz + E * sizeof(T) + static_cast<uint64_t>(first_token + z_begin + piece_token) * xz_stride;
   const uint32_t z_target =
       static_cast<uint32_t>(__cvta_generic_to_shared(&shared.z[(z_begin + piece_token) * kChannels + piece]));
 #pragma unroll
-  for (int i = 0; i * kThreads < kMaxPart * kPieceLanes; i++)
-    if (i * (kThreads / kPieceLanes) < z_left)
+  for (int i = 0; i * kAtOnce < kMaxSeqlen; i++)
+    if (i * kAtOnce < z_left)
       copy_async<kCopyBytes>(z_target + i * kCopyStep, z_source + i * xz_step, piece_exists);
   copy_async_commit();
 #pragma unroll
@@ -282,8 +275,8 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
 #pragma unroll 1
     for (int i = tid; i < missing * kPairs; i += kThreads) {
       const int at = slot(end + i / kPairs), row = d * kPairs + i % kPairs;
-      shared.steps[row][at] = make_float4(0.f, 0.f, 0.f, 0.f);
-      shared.u_delta[row][at] = 0;
+      shared.steps[row].s_delta[at] = make_float2(0.f, 0.f);
+      shared.steps[row].u_delta[at] = 0;
     }
   }
   uint2* bc_target = (is_B ? shared.B : shared.C)[bc_dir][warp % kGroups][bc_first] +
@@ -297,36 +290,20 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
     bc_target[j * kStep * 32] = make_uint2(__byte_perm(v0, w0, low), __byte_perm(v1, w1, low));
     bc_target[j * kStep * 32 + 4] = make_uint2(__byte_perm(v0, w0, high), __byte_perm(v1, w1, high));
   }
-  // what a part does to a state: end, decay
-  float2* workspace = static_cast<float2*>(p.workspace);
-  const int state_channel = c0 + 2 * pair + (lane >> 4);
-  auto part_state = [&](int which) {
-    const int64_t image = (static_cast<int64_t>(dir) * p.batch + b) * parts + which;
-    return workspace + (image * E + min(state_channel, E - 1)) * kStates + (lane & 15);
-  };
-  float state = 0.f;  // before the part, then before each segment: channel lane >> 4, state lane & 15
-  if (parts > 1 && !cut.end_only) {
-    const int before = dir ? parts - 1 - part : part;
-#pragma unroll 1
-    for (int i = 0; i < before; i++) {
-      const float2 s = *part_state(dir ? parts - 1 - i : i);
-      state = fmaf(s.y, state, s.x);
-    }
-  }
   copy_async_wait<1>();
   __syncthreads();
 
   // ---- delta, u, D u
   {
-    const int dir = column.dir, row = dir * kPairs + column.pair;
-    float4* steps = shared.steps[row];
-    uint32_t* u_delta = shared.u_delta[row];
+    const int dir = column.dir;
+    auto& steps = shared.steps[dir * kPairs + column.pair];
     // of the tokens that exist, those whose position matters; cls_index leaves out some
-    const int from = dir ? len - len_backward : 0, to = column.exists ? (dir ? len : len_forward) : 0;
+    const int from = dir ? L - len_backward : 0, to = column.exists ? (dir ? L : len_forward) : 0;
+    const float biases[4] = {bias.x, bias.y, bias.x, bias.y};
     const uint32_t* window_base = reinterpret_cast<const uint32_t*>(shared.x) + (dir ? 3 : 0) * kPairs + column.pair;
 #pragma unroll 1
     for (int block = warp / kTiles; block < blocks; block += kWarps / kTiles) {
-      float delta[4] = {bias.x, bias.y, bias.x, bias.y};  // two channels, two tokens
+      float delta[4];  // two channels, two tokens
 #pragma unroll
       for (int d = 0; d < kTileDirs; d++) {
         if (d >= tile_dirs) break;
@@ -334,7 +311,8 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
         for (int s = 0; s < kRowSteps; s++) {
           if (32 * s >= R) break;
           const uint4 v = dt_rows[d][s][0], w = dt_rows[d][s][1], weight = dt_weight[d][s];
-          mma_k16<T>(delta, make_uint4(v.x, w.x, v.y, w.y), make_uint2(weight.x, weight.y));
+          mma_k16_onto<T>(delta, make_uint4(v.x, w.x, v.y, w.y), make_uint2(weight.x, weight.y),
+                          d == 0 && s == 0 ? biases : delta);
           mma_k16<T>(delta, make_uint4(v.z, w.z, v.w, w.w), make_uint2(weight.z, weight.w));
         }
       }
@@ -352,15 +330,18 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
       float scale[2] = {1.f, 1.f};
       if (p.decay_scale) {
 #pragma unroll
-        for (int k = 0; k < 2; k++) scale[k] = p.decay_scale[base + min(t + k, len - 1)];
+        for (int k = 0; k < 2; k++) scale[k] = p.decay_scale[min(t + k, L - 1)];
       }
 #pragma unroll
       for (int k = 0; k < 2; k++) {
-        const int at = slot(dir ? len - 1 - t - k : t + k);
-        const float4 step = make_float4(scale[k] * delta[2 * k], scale[k] * delta[2 * k + 1], skip.x * u[2 * k],
-                                        skip.y * u[2 * k + 1]);
+        const int at = slot(dir ? L - 1 - t - k : t + k);
+        const float2 step = make_float2(scale[k] * delta[2 * k], scale[k] * delta[2 * k + 1]);
+        const float2 skipped = make_float2(skip.x * u[2 * k], skip.y * u[2 * k + 1]);
         const uint32_t ud = Pair<__half>::pack(u[2 * k] * delta[2 * k], u[2 * k + 1] * delta[2 * k + 1]);
-        if (t + k >= from && t + k < to) steps[at] = step, u_delta[at] = ud;
+        if (t + k >= from && t + k < to) {
+          steps.s_delta[at] = step, steps.u_delta[at] = ud;
+          steps.y[at] = make_float4(skipped.x, skipped.x, skipped.y, skipped.y);
+        }
       }
     }
   }
@@ -369,14 +350,17 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
   // ---- local walk
   const bool mine = g >> 1 == q, odd = g & 1;  // the lane that gets the y of segment g
   const uint32_t select0 = mine ? (odd ? 0x1044 : 0x4410) : 0x4444, select1 = mine ? (odd ? 0x3244 : 0x4432) : 0x4444;
-  float4* steps = shared.steps[dir * kPairs + pair] + 8 * group + g;
-  const uint32_t* u_delta = shared.u_delta[dir * kPairs + pair] + 8 * group + g;
+  auto& steps = shared.steps[dir * kPairs + pair];
+  float4* y = steps.y + 8 * group + g;
+  const float2* s_delta = steps.s_delta + 8 * group + g;
+  const uint32_t* u_delta = steps.u_delta + 8 * group + g;
   const uint2* B = shared.B[dir][group][0] + lane;
   const uint2* C = shared.C[dir][group][0] + lane;
-  auto store_y = [&](int i, float y0, float y1, const float (&sums)[4]) {
-    if (mine)
-      *reinterpret_cast<float2*>(&steps[i * kStride].z) =
-          make_float2(y0 + (odd ? sums[1] : sums[0]), y1 + (odd ? sums[3] : sums[2]));
+  auto add_to_y = [&](int i, float4 y_now, const uint32_t (&h)[4], uint2 c2) {
+    const float sum[4] = {y_now.x, y_now.y, y_now.z, y_now.w};
+    float sums[4];
+    mma_k16_onto<__half>(sums, make_uint4(h[0], h[1], h[2], h[3]), c2, sum);
+    if (mine) y[i * kStride] = make_float4(sums[0], sums[1], sums[2], sums[3]);
   };
   auto& carry = shared.carry[warp];
   uint32_t gain[kTokens][4], states[kKeepStates ? kTokens : 1][4];  // decay since the segment's start, h; fp16
@@ -385,9 +369,10 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
     const float a[2][4] = {{A0.x * kLog2e, A0.y * kLog2e, A1.x * kLog2e, A1.y * kLog2e},
                            {A0.z * kLog2e, A0.w * kLog2e, A1.z * kLog2e, A1.w * kLog2e}};
     float h[2][4] = {}, decay[2][4] = {{1.f, 1.f, 1.f, 1.f}, {1.f, 1.f, 1.f, 1.f}};
-    float4 step = steps[0];
+    float2 step = s_delta[0];
     uint32_t ud = u_delta[0];
     uint2 b2 = B[0], c2 = C[0];
+    float4 y_next = y[0];
 #pragma unroll
     for (int i = 0; i < kTokens; i++) {
       if (i >= kFirst && (i - kFirst) % kMore == 0 && i >= tokens) break;
@@ -408,14 +393,13 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
       uint32_t (&now)[4] = states[kKeepStates ? i : 0];
       now[0] = Pair<__half>::pack(h[0][0], h[0][1]), now[1] = Pair<__half>::pack(h[0][2], h[0][3]);
       now[2] = Pair<__half>::pack(h[1][0], h[1][1]), now[3] = Pair<__half>::pack(h[1][2], h[1][3]);
-      float sums[4];
-      if (!kKeepStates) mma_k16_zero(sums, now[0], now[1], now[2], now[3], c2.x, c2.y);
-      const float y0 = step.z, y1 = step.w;
+      const uint2 c_now = c2;
+      const float4 y_now = y_next;
       if (i + 1 < kTokens) {  // ahead of the store, which the compiler lets no load pass
-        step = steps[(i + 1) * kStride], ud = u_delta[(i + 1) * kStride], b2 = B[(i + 1) * 32];
-        if (!kKeepStates) c2 = C[(i + 1) * 32];
+        step = s_delta[(i + 1) * kStride], ud = u_delta[(i + 1) * kStride], b2 = B[(i + 1) * 32];
+        if (!kKeepStates) c2 = C[(i + 1) * 32], y_next = y[(i + 1) * kStride];
       }
-      if (!kKeepStates) store_y(i, y0, y1, sums);
+      if (!kKeepStates) add_to_y(i, y_now, now, c_now);
     }
     const int at = g * kStates + 4 * q;
 #pragma unroll
@@ -430,17 +414,14 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
   if (kGroups == 1) __syncwarp();
   else group_barrier(1 + dir * kPairs + pair);
   const int channel = lane >> 4, n = lane & 15;
-  float total = 1.f;
+  float state = 0.f;
 #pragma unroll
   for (int before = 0; before < kGroups - 1; before++) {
     if (before >= group) break;
     const auto& other = shared.carry[warp - group + before];
 #pragma unroll
-    for (int s = 0; s < 8; s++) {
-      const float d = other.decay[channel][s * kStates + n];
-      state = fmaf(d, state, other.end[channel][s * kStates + n]);
-      total *= d;
-    }
+    for (int s = 0; s < 8; s++)
+      state = fmaf(other.decay[channel][s * kStates + n], state, other.end[channel][s * kStates + n]);
   }
   constexpr int kAhead = Traits::kBlocksPerSM == 1 ? 8 : 4;  // loads ahead of the stores, which none may pass
 #pragma unroll
@@ -455,12 +436,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
     for (int s = 0; s < kAhead; s++) {
       carry.incoming[first + s][channel][n] = __float2half_rn(state);
       state = fmaf(decays[s], state, ends[s]);
-      total *= decays[s];
     }
-  }
-  if (cut.end_only) {
-    if (group == kGroups - 1 && state_channel < E) *part_state(part) = make_float2(state, total);
-    return;
   }
   __syncwarp();
 
@@ -469,7 +445,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
     const uint2 h0 = *reinterpret_cast<const uint2*>(&carry.incoming[g][0][4 * q]);
     const uint2 h1 = *reinterpret_cast<const uint2*>(&carry.incoming[g][1][4 * q]);
     const __half2 incoming[4] = {half2_of(h0.x), half2_of(h1.x), half2_of(h0.y), half2_of(h1.y)};
-    float2 y = *reinterpret_cast<const float2*>(&steps[0].z);
+    float4 y_next = y[0];
     uint2 c2 = C[0];
 #pragma unroll
     for (int i = 0; i < kTokens; i++) {
@@ -481,69 +457,54 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
         v[k] = bits(kKeepStates ? __hfma2(decay, incoming[k], half2_of(states[kKeepStates ? i : 0][k]))
                                 : __hmul2(decay, incoming[k]));
       }
-      float sums[4];
-      mma_k16_zero(sums, v[0], v[1], v[2], v[3], c2.x, c2.y);
-      const float2 y_now = y;
-      if (i + 1 < kTokens) y = *reinterpret_cast<const float2*>(&steps[(i + 1) * kStride].z), c2 = C[(i + 1) * 32];
-      store_y(i, y_now.x, y_now.y, sums);
+      const uint2 c_now = c2;
+      const float4 y_now = y_next;
+      if (i + 1 < kTokens) y_next = y[(i + 1) * kStride], c2 = C[(i + 1) * 32];
+      add_to_y(i, y_now, v, c_now);
     }
   }
-  copy_async_wait_all();
-  __syncthreads();
 
-  // ---- sum of the directions, gate, store
-  if (!piece_exists) return;
-  T* y = static_cast<T*>(p.y) + (whole ? static_cast<int64_t>(b) * L + base : b - z_begin) * E + c0 + piece;
-#pragma unroll 1
-  for (int t = z_begin + piece_token; t < z_end; t += kThreads / kPieceLanes) {
-    const float4* forward = shared.steps[piece / 2] + slot(t);
-    const float4* backward = shared.steps[kPairs + piece / 2] + slot(len - 1 - t);
+  // ---- sum of the directions, gate, store. A thread brought the z that it needs.
+  copy_async_wait_all();
+  constexpr int kTurns = (kMaxSeqlen + kAtOnce - 1) / kAtOnce;
+  float gate[kTurns][kPiece];
+#pragma unroll
+  for (int i = 0; i < kTurns; i++) {
+    const int t = z_begin + piece_token + i * kAtOnce;
     const uint32_t* z2 = reinterpret_cast<const uint32_t*>(shared.z) + (t * kChannels + piece) / 2;
+#pragma unroll
+    for (int k = 0; k < kPiece; k += 2) {
+      const float2 z = t < z_end ? Pair<T>::unpack(z2[k / 2]) : make_float2(0.f, 0.f);
+      gate[i][k] = silu_of_half(.5f * z.x), gate[i][k + 1] = silu_of_half(.5f * z.y);
+    }
+  }
+  __syncthreads();
+  if (!piece_exists) return;
+  T* y_out = static_cast<T*>(p.y) + (cls < 0 ? static_cast<int64_t>(b) * L : b - z_begin) * E + c0 + piece;
+#pragma unroll
+  for (int i = 0; i < kTurns; i++) {
+    const int t = z_begin + piece_token + i * kAtOnce;
+    if (t >= z_end) break;
+    const float* forward = y_of(piece / 2, t);
+    const float* backward = y_of(kPairs + piece / 2, L - 1 - t);
     uint32_t out[2];
 #pragma unroll
     for (int k = 0; k < kPiece / 2; k++) {
-      const float2 f = *reinterpret_cast<const float2*>(&forward[k * kTokens * kStride].z);
-      const float2 w = *reinterpret_cast<const float2*>(&backward[k * kTokens * kStride].z);
-      const float2 z = Pair<T>::unpack(z2[k]);
-      out[k] = Pair<T>::pack((f.x + w.x) * silu_of_half(.5f * z.x), (f.y + w.y) * silu_of_half(.5f * z.y));
+      constexpr int kRow = sizeof(typename Shared::Steps) / sizeof(float);
+      const float *f = forward + k * kRow, *w = backward + k * kRow;
+      out[k] = Pair<T>::pack((f[0] + w[0]) * gate[i][2 * k], (f[2] + w[2]) * gate[i][2 * k + 1]);
     }
-    T* to = y + static_cast<int64_t>(t) * E;
+    T* to = y_out + static_cast<int64_t>(t) * E;
     if (kPiece == 4) *reinterpret_cast<uint2*>(to) = make_uint2(out[0], out[1]);
     else *reinterpret_cast<uint32_t*>(to) = out[0];
   }
 }
 
-// Dynamic shared memory beyond 48 KB is asked for once a kernel and device.
-template <auto kKernel>
-cudaError_t allow_shared(size_t bytes) {
-  static std::atomic<uint64_t> allowed;  // a bit a device
-  int device = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
-  if (allowed.load(std::memory_order_relaxed) & bit) return cudaSuccess;
-  status = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (status == cudaSuccess) allowed.fetch_or(bit, std::memory_order_relaxed);
-  return status;
-}
-
-int parts_of(int seqlen) { return (seqlen + kMaxPart - 1) / kMaxPart; }
-
-struct Device {
-  int processors = 132, shared_bytes = 227 * 1024;
-  Device() {
-    int device = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return;
-    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
-};
-
 // Blocks an image for the merge weights: one a group where there is room beside the others, else fewer, with several
 // each.
 int merge_blocks_of(const MambaScanParams& p, int64_t blocks, int processors) {
   const int64_t groups = merge_groups(p), waves = (blocks + processors - 1) / processors;
-  const int64_t room = (waves * processors - blocks) / (int64_t{p.batch} * parts_of(p.seqlen));
+  const int64_t room = (waves * processors - blocks) / p.batch;
   return static_cast<int>(std::min(groups, std::max(room, int64_t{1})));
 }
 
@@ -555,72 +516,54 @@ int channel_blocks(const MambaScanParams& p) {
 // An estimate of the time, in hundredths of a microsecond on an H100: 1.5 us a round of resident blocks, 0.47 us a
 // channel of a multiprocessor.
 template <typename Traits>
-int64_t cost(const MambaScanParams& p, const Device& device) {
-  const int parts = parts_of(p.seqlen), part_len = (p.seqlen + parts - 1) / parts;
-  if (part_len > Traits::kSegments * Traits::kTokens) return INT64_MAX;
-  if (sizeof(SegmentsShared<Traits>) > static_cast<size_t>(device.shared_bytes)) return INT64_MAX;
-  const int64_t images = int64_t{p.batch} * parts, blocks = channel_blocks<Traits>(p) * images;
-  const int64_t merging = merge_blocks_of(p, blocks, device.processors) * images;
-  const int64_t each = (blocks + merging + device.processors - 1) / device.processors;  // blocks of a multiprocessor
+int64_t cost(const MambaScanParams& p, int processors, size_t shared_bytes) {
+  if (p.seqlen > Traits::kSegments * Traits::kTokens || sizeof(SegmentsShared<Traits>) > shared_bytes) return INT64_MAX;
+  const int64_t blocks = int64_t{channel_blocks<Traits>(p)} * p.batch;
+  const int64_t merging = int64_t{merge_blocks_of(p, blocks, processors)} * p.batch;
+  const int64_t each = (blocks + merging + processors - 1) / processors;  // blocks of a multiprocessor
   return (each + Traits::kBlocksPerSM - 1) / Traits::kBlocksPerSM * 150 + each * 47 * Traits::kChannels;
 }
 
 template <typename Traits>
-cudaError_t launch(const MambaScanParams& p, const Device& device, cudaStream_t stream) {
+cudaError_t launch(const MambaScanParams& p, int processors, cudaStream_t stream) {
   constexpr size_t bytes = sizeof(SegmentsShared<Traits>);
-  static_assert(bytes >= sizeof(MergeWeightShared));
+  static_assert(bytes >= sizeof(MergeWeightShared<Traits::kThreads>));
   constexpr auto kKernel = segments_kernel<Traits>;
-  cudaError_t status = allow_shared<kKernel>(bytes);
+  const cudaError_t status = allow_shared<kKernel>(bytes);
   if (status != cudaSuccess) return status;
-  const int parts = parts_of(p.seqlen), blocks = channel_blocks<Traits>(p);
-  SegmentsCut cut{};
-  cut.part_len = (p.seqlen + parts - 1) / parts;
-  // With cls_index a single part needs no position beyond it.
-  const int longest = p.cls_index < 0 || parts > 1 ? cut.part_len : std::max(p.cls_index + 1, p.seqlen - p.cls_index);
+  const int blocks = channel_blocks<Traits>(p);
+  const int longest = p.cls_index < 0 ? p.seqlen : std::max(p.cls_index + 1, p.seqlen - p.cls_index);
   const int needed = (longest + Traits::kSegments - 1) / Traits::kSegments - Traits::kFirst;
+  SegmentsCut cut{};
   cut.tokens = Traits::kFirst + (needed > 0 ? (needed + Traits::kMore - 1) / Traits::kMore * Traits::kMore : 0);
   cut.reciprocal = static_cast<uint32_t>((uint64_t{1} << 32) / static_cast<uint64_t>(cut.tokens) + 1);
-  if (parts > 1) {
-    cut.end_only = true;
-    status = launch_dependent<kKernel>(dim3(blocks, p.batch, parts), Traits::kThreads, bytes, stream, p, cut);
-    if (status != cudaSuccess) return status;
-    cut.end_only = false;
-  }
-  cut.merge_blocks = merge_blocks_of(p, int64_t{blocks} * p.batch * parts, device.processors);
-  return launch_dependent<kKernel>(dim3(cut.merge_blocks + blocks, p.batch, parts), Traits::kThreads, bytes, stream, p,
-                                   cut);
+  cut.merge_blocks = merge_blocks_of(p, int64_t{blocks} * p.batch, processors);
+  return launch_dependent<kKernel>(dim3(cut.merge_blocks + blocks, p.batch), Traits::kThreads, bytes, stream, p, cut);
 }
 
 template <typename T>
-cudaError_t dispatch(const MambaScanParams& p, cudaStream_t stream) {
+cudaError_t dispatch(const MambaScanParams& p, int processors, cudaStream_t stream) {
   using Narrow = SegmentsTraits<T, 4, 2, 5, 2, 13, 2>;
   using Middle = SegmentsTraits<T, 6, 2, 5, 2, 13, 1>;
   using Wide = SegmentsTraits<T, 12, 1, 13, 3, 25, 1>;
-  if (p.seqlen > kMaxPart && !p.workspace) return cudaErrorInvalidValue;
-  const Device device;
-  const int64_t narrow = cost<Narrow>(p, device), middle = cost<Middle>(p, device), wide = cost<Wide>(p, device);
-  if (wide < middle && wide < narrow) return launch<Wide>(p, device, stream);
-  return middle < narrow ? launch<Middle>(p, device, stream) : launch<Narrow>(p, device, stream);
+  const size_t shared_bytes = shared_bytes_of_device();
+  const int64_t narrow = cost<Narrow>(p, processors, shared_bytes), middle = cost<Middle>(p, processors, shared_bytes);
+  const int64_t wide = cost<Wide>(p, processors, shared_bytes);
+  if (wide < middle && wide < narrow) return launch<Wide>(p, processors, stream);
+  return middle < narrow ? launch<Middle>(p, processors, stream) : launch<Narrow>(p, processors, stream);
 }
 
 }  // namespace
 
-bool mamba_scan_segments_supported(int32_t, int32_t d_inner, int32_t d_state, int32_t dt_rank, int32_t,
-                                   DataType type) {
-  return type != DataType::kFloat32 && d_state == kStates && d_inner % 4 == 0 && dt_rank % 4 == 0 &&
-         dt_rank <= kMaxRank;
+bool mamba_scan_segments_supported(int32_t seqlen, int32_t d_inner, int32_t d_state, int32_t dt_rank, DataType type) {
+  return type != DataType::kFloat32 && seqlen <= kMaxSeqlen && d_state == kStates && d_inner % 4 == 0 &&
+         dt_rank % 4 == 0 && dt_rank <= kMaxRank;
 }
 
-size_t mamba_scan_segments_workspace_bytes(int64_t batch, int64_t seqlen, int64_t d_inner) {
-  if (seqlen <= kMaxPart) return 0;
-  const size_t parts = static_cast<size_t>(parts_of(static_cast<int>(seqlen)));
-  return 2 * static_cast<size_t>(batch) * parts * static_cast<size_t>(d_inner) * kStates * 2 * sizeof(float);
-}
-
-cudaError_t mamba_scan_segments(const MambaScanParams& p, cudaStream_t stream) {
+cudaError_t mamba_scan_segments(const MambaScanParams& p, int32_t processors, cudaStream_t stream) {
   switch (p.type) {
-    case DataType::kFloat16: return dispatch<__half>(p, stream);
-    case DataType::kBFloat16: return dispatch<__nv_bfloat16>(p, stream);
+    case DataType::kFloat16: return dispatch<__half>(p, processors, stream);
+    case DataType::kBFloat16: return dispatch<__nv_bfloat16>(p, processors, stream);
     case DataType::kFloat32: break;
   }
   return cudaErrorInvalidValue;

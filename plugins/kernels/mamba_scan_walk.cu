@@ -15,12 +15,13 @@
 namespace stm {
 namespace {
 
-template <typename T_, int kSteps_, int kTiles_, bool kEndOnly_>
+template <typename T_, int kSteps_, int kTiles_, bool kEndOnly_, bool kMerge_ = false>
 struct WalkTraits {
   using T = T_;
   static constexpr int kSteps = kSteps_;        // of 16 columns of dt_proj's sum: dt_rank <= 16 kSteps
   static constexpr int kTiles = kTiles_;        // m-tiles of 16 channels that a warp walks
   static constexpr bool kEndOnly = kEndOnly_;   // the first of two passes: only what a piece does to the state
+  static constexpr bool kMerge = kMerge_;       // may carry merge weights in its grid
   static constexpr int kStates = 16;
   static constexpr int kChannels = 16 * kTiles; // of a warp
   static constexpr int kOwn = 2 * kTiles;       // of a lane
@@ -162,11 +163,12 @@ __device__ __forceinline__ void walk_chunk(const typename WarpShared<Traits>::Ch
 // tile of channels and as the lanes hold it; the sum of s delta, by direction, image, piece and channel.
 struct Pieces {
   int count, chunks;  // chunks (of 8 tokens) of a piece; one piece: no first pass
+  int weights_at;     // the first of the blocks that compute merge weights
   float* ends;
   float* sums;
 };
 
-// Grid: merge weights, if any, then images x pieces x tiles of channels, the tile fastest. Until the warps meet in the
+// Grid: images x pieces x tiles of channels, the tile fastest; merge weights, if any, before or after. Until the warps meet in the
 // middle of the piece each leaves its sums (rounded to T) in y; from there on each adds the other's and gates. With
 // cls_index both stop at that token and meet in shared memory; only its piece is walked.
 // kEndOnly: block `piece` walks piece forward and count - 1 - piece backward; those at the end are not needed.
@@ -184,17 +186,16 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
   __shared__ Floats meet[2][8];
 
   int block = blockIdx.x;
-  if (!Traits::kEndOnly && p.weight_mode != WeightMode::kNone) {
-    const int groups = merge_groups(p), weights = groups * p.batch;
-    if (block < weights) {
-      static_assert(sizeof(MergeWeightShared) <= sizeof(warp_shared));
-      wait_for_previous();
-      let_next_start();
-      merge_weights_of_group<T, Traits::kThreads, true>(p, block % groups, block / groups,
-                                                  *reinterpret_cast<MergeWeightShared*>(warp_shared));
+  if constexpr (Traits::kMerge) {
+    const int groups = merge_groups(p), weight = block - pieces.weights_at, weights = groups * p.batch;
+    if (0 <= weight && weight < weights) {
+      using Shared = MergeWeightShared<Traits::kThreads>;
+      static_assert(sizeof(Shared) <= sizeof(warp_shared));
+      merge_weights_of_group<T, Traits::kThreads, true>(p, weight % groups, weight / groups,
+                                                        *reinterpret_cast<Shared*>(warp_shared));
       return;
     }
-    block -= weights;
+    if (weight >= weights) block -= weights;
   }
   // opaque to the compiler, which otherwise computes them anew in the loop
   int dir = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -559,17 +560,25 @@ constexpr int kMaxPieces = 64;        // a piece's walk begins by adding up all 
 constexpr int kMaxPieceBlocks = 1536; // eight a multiprocessor on the largest cards; bounds the workspace
 constexpr int kPieceBlockBytes = 2 * 16 * (16 + 1) * static_cast<int>(sizeof(float));  // of a block's two warps
 
-// Cycles that a token takes w warps of one scheduler: alone, or base + w each. Fitted to an H100's times.
+// Cycles that a token takes w warps of one scheduler: alone, or base + w each; and how many blocks a multiprocessor holds.
+// Fitted to an H100's times of 2 to 43 pieces of 577 to 4,097 tokens; of the pieces that the model takes, the worst is 2 %
+// slower than the best.
 struct WalkCost {
   double alone, base, each;
+  int resident;
 };
-constexpr WalkCost kWide = {255, 10, 190}, kNarrow = {160, 40, 100}, kNarrowEnd = {130, 30, 80};
-constexpr double kPassCycles = 5000, kChainCycles = 120;  // start, prologue and end of a pass; one piece added up
+constexpr WalkCost kWide = {255, 10, 190, 6}, kNarrow = {149, 43, 89, 8}, kNarrowEnd = {100, 9, 71, 8};
+constexpr double kRoundCycles = 4800, kChainCycles = 290;  // start, prologue and end of a round; one piece added up
 
-// The multiprocessor with the most blocks, and on it the scheduler with the most warps, is the last to end.
+// Rounds of resident blocks. The multiprocessor with the most blocks, and on it the scheduler with the most warps, is the
+// last to end.
 double walk_cycles(WalkCost cost, int64_t blocks, int tokens, int processors) {
-  const int64_t blocks_there = (blocks + processors - 1) / processors, warps = (blocks_there + 1) / 2;
-  return kPassCycles + tokens * std::max(cost.alone, cost.base + static_cast<double>(warps) * cost.each);
+  const int64_t most = (blocks + processors - 1) / processors;
+  auto round = [&](int64_t there) {
+    return kRoundCycles + tokens * std::max(cost.alone, cost.base + static_cast<double>((there + 1) / 2) * cost.each);
+  };
+  const int64_t last = most % cost.resident;
+  return static_cast<double>(most / cost.resident) * round(cost.resident) + (last ? round(last) : 0.);
 }
 
 struct WalkPlan {
@@ -624,7 +633,7 @@ template <typename T, int kSteps>
 cudaError_t launch(const MambaScanParams& p, const WalkPlan& plan, cudaStream_t stream) {
   if (p.row > WalkTraits<T, kSteps, 1, false>::kMaxRow) return cudaErrorInvalidValue;
   const int64_t tiles = static_cast<int64_t>(p.batch) * (p.d_inner / (16 * plan.tiles));
-  Pieces pieces = {plan.count, plan.chunks, nullptr, nullptr};
+  Pieces pieces = {plan.count, plan.chunks, 0, nullptr, nullptr};
   int64_t blocks = tiles * plan.count;
   if (plan.count > 1) {
     if (!p.workspace) return cudaErrorInvalidValue;
@@ -638,9 +647,14 @@ cudaError_t launch(const MambaScanParams& p, const WalkPlan& plan, cudaStream_t 
     const cudaError_t status = launch_walk<walk_kernel<WalkTraits<T, kSteps, 1, true>>>(ends, stream, p, pieces);
     if (status != cudaSuccess) return status;
   }
-  blocks += static_cast<int64_t>(p.batch) * merge_groups(p);
-  return plan.tiles == 2 ? launch_walk<walk_kernel<WalkTraits<T, kSteps, 2, false>>>(blocks, stream, p, pieces)
-                         : launch_walk<walk_kernel<WalkTraits<T, kSteps, 1, false>>>(blocks, stream, p, pieces);
+  const int64_t weights = static_cast<int64_t>(p.batch) * merge_groups(p);
+  // Beyond one round of resident blocks the short ones fit into the gaps of the last; else they had better start at once.
+  if (blocks > int64_t{plan.tiles == 2 ? kWide.resident : kNarrow.resident} * processors_of_device())
+    pieces.weights_at = static_cast<int>(std::min<int64_t>(blocks, INT_MAX));
+  if (plan.tiles == 2) return launch_walk<walk_kernel<WalkTraits<T, kSteps, 2, false, true>>>(blocks + weights, stream, p, pieces);
+  // The function that computes merge weights costs a short walk 2 to 5 % even where it is not called.
+  return weights ? launch_walk<walk_kernel<WalkTraits<T, kSteps, 1, false, true>>>(blocks + weights, stream, p, pieces)
+                 : launch_walk<walk_kernel<WalkTraits<T, kSteps, 1, false>>>(blocks, stream, p, pieces);
 }
 
 template <typename T>

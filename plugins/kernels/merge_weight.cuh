@@ -5,6 +5,7 @@
 
 #include "device.cuh"
 #include "dt_proj.cuh"
+#include "launch.cuh"
 #include "mamba_scan.h"
 
 namespace stm {
@@ -23,16 +24,35 @@ __host__ __device__ inline int merge_groups(const MambaScanParams& p) {
   return (p.nb_pairs + size - 1) / size;
 }
 
+// Of a block of kThreads.
+template <int kThreads>
 struct MergeWeightShared {
-  static constexpr int kMaxStates = 64, kMaxWarps = 32;
-  static constexpr int kMaxRows = 48, kRow = 64;  // tokens of a run whose x_dbl is brought here; dt of one
-  alignas(16) float B[kMergeGroup][kMaxStates];   // of the sources of a run
-  alignas(16) float target_B[kMaxStates];
-  alignas(16) uint16_t rows[kMaxRows][kRow];      // halves, from the target outward
-  float partial[kMergeGroup + 1][kMaxWarps];
-  int pairs[2 * kMergeGroup];
-  int distance[kMergeGroup];  // of a source from the target
-  int end, farthest;          // the run: pairs with one target, on one side of it
+  static constexpr int kWarps = kThreads / 32;
+  struct General {
+    static constexpr int kMaxStates = 64;
+    static constexpr int kMaxRows = 48, kRow = 64;  // tokens of a run whose x_dbl is brought here; dt of one
+    alignas(16) float B[kMergeGroup][kMaxStates];   // of the sources of a run
+    alignas(16) float target_B[kMaxStates];
+    alignas(16) uint16_t rows[kMaxRows][kRow];      // halves, from the target outward
+    float partial[kMergeGroup + 1][kWarps];
+    int pairs[2 * kMergeGroup];
+    int distance[kMergeGroup];  // of a source from the target
+    int end, farthest;          // the run: pairs with one target, on one side of it
+  };
+  struct Sixteen {                     // 16 states, T of 16 bits
+    static constexpr int kMaxTokens = 64;            // of a run
+    static constexpr int kRow = 160;                 // bytes; rows of four tokens lie in different banks
+    static constexpr int kChannel = 3;               // float4s of a channel; one is padding against bank conflicts
+    alignas(16) char rows[kMaxTokens][kRow];         // dt, from the target outward
+    float4 decayed[kWarps][32 * kChannel];           // by channel: log2(e) sigma and delta_s delta_t of four tokens
+    float2 scale[kMaxTokens / 2];                    // log2(e) s
+    uint2 B[kMergeGroup + 1][4];                     // T, of the sources, last the target
+    float partial[kMergeGroup + 1][kWarps];
+  };
+  union {
+    General general;
+    Sixteen sixteen;
+  };
 };
 
 // A state's share of a weight in one channel: exp(A sigma) is what is left of the source.
@@ -52,18 +72,21 @@ __device__ __forceinline__ float merge_terms(WeightMode mode, float4 A, float si
          merge_term(mode, A.w, sigma, delta_source, s.w, delta_target, t.w);
 }
 
-// The weights of a group in image b, by a whole block of kThreads; needs x_dbl. A run of pairs with one target (with the
-// edge rule: all of a side) shares its walk outward from there: delta of each token on the way is projected on the spot,
-// once, and what decays a source is the sum of s delta so far. A thread takes kChannels channels at a time, so that their
-// loads are in flight together; channels come in a fixed order and the partial sums are added in a fixed tree, so results
-// repeat bit for bit. kSixteen: d_state is 16.
+// Every type, extent and mode. A run of pairs with one target (with the edge rule: all of a side) shares its walk
+// outward from there: delta of each token on the way is projected on the spot, once, and what decays a source is the
+// sum of s delta so far. A thread takes kChannels channels at a time, so that their loads are in flight together;
+// channels come in a fixed order and the partial sums are added in a fixed tree, so results repeat bit for bit.
+// kSixteen: d_state is 16.
 template <typename T, int kThreads, bool kSixteen>
-__device__ __noinline__ void merge_weights_of_group(const MambaScanParams& p, int group, int b,
-                                                    MergeWeightShared& shared) {
+__device__ __noinline__ void merge_weights_general(const MambaScanParams& p, int group, int b,
+                                                   typename MergeWeightShared<kThreads>::General& shared) {
+  using Shared = typename MergeWeightShared<kThreads>::General;
   constexpr int kWarps = kThreads / 32, kTokens = 4, kChannels = kSixteen ? 2 : 1;
   const int L = p.seqlen, E = p.d_inner, N = kSixteen ? 16 : p.d_state, R = p.dt_rank, tid = threadIdx.x;
   const int size = merge_group_size(p.nb_pairs), first = group * size, count = min(p.nb_pairs - first, size);
   float* weights = p.merge_weights + static_cast<int64_t>(b) * p.nb_pairs + first;
+  wait_for_previous();
+  let_next_start();
   if (tid < 2 * count) shared.pairs[tid] = p.merge_pairs[2 * first + tid];
   __syncthreads();
   int begin = 0;
@@ -97,7 +120,7 @@ __device__ __noinline__ void merge_weights_of_group(const MambaScanParams& p, in
         (j < pairs ? shared.B[j] : shared.target_B)[n] = to_float(rows[static_cast<int64_t>(t) * p.row + R + n]);
       }
       // dt of the run's tokens, if they are halves and fit; else each channel reads them where they are.
-      const bool staged = sizeof(T) == 2 && farthest < MergeWeightShared::kMaxRows && R <= MergeWeightShared::kRow;
+      const bool staged = sizeof(T) == 2 && farthest < Shared::kMaxRows && R <= Shared::kRow;
       if (staged)
         for (int i = tid; i < (farthest + 1) * R; i += kThreads) {
           const int d = i / R, r = i - d * R;
@@ -106,7 +129,7 @@ __device__ __noinline__ void merge_weights_of_group(const MambaScanParams& p, in
         }
       __syncthreads();
       const T* dt = staged ? reinterpret_cast<const T*>(shared.rows[0]) : rows + static_cast<int64_t>(target) * p.row;
-      const int64_t step = staged ? MergeWeightShared::kRow : outward * static_cast<int64_t>(p.row);
+      const int64_t step = staged ? Shared::kRow : outward * static_cast<int64_t>(p.row);
 
       float sum[kMergeGroup], square = 0.f, norm = 0.f;
 #pragma unroll
@@ -164,8 +187,8 @@ __device__ __noinline__ void merge_weights_of_group(const MambaScanParams& p, in
               if (kSixteen) {
 #pragma unroll 2
                 for (int n = 0; n < 4; n++)
-                  total += merge_terms(p.weight_mode, load4(A[c] + 4 * n), decayed, here, shared.B[j] + 4 * n, delta_target[c],
-                                       shared.target_B + 4 * n);
+                  total += merge_terms(p.weight_mode, load4(A[c] + 4 * n), decayed, here, shared.B[j] + 4 * n,
+                                       delta_target[c], shared.target_B + 4 * n);
               } else {
                 for (int n = 0; n < N; n++)
                   total += merge_term(p.weight_mode, A[c][n], decayed, here, shared.B[j][n], delta_target[c],
@@ -202,6 +225,255 @@ __device__ __noinline__ void merge_weights_of_group(const MambaScanParams& p, in
     begin += pairs;
     __syncthreads();  // shared is free again
   }
+}
+
+// Relative error 7e-7 for x > -8 and no branch; softplus_fast's is absolute, and exp(A sigma) of a steep A feels it.
+// log1p(t) = 2 artanh(v), v = t / (2 + t).
+__device__ __forceinline__ float softplus_close(float x) {
+  const float t = ex2(-kLog2e * fabsf(x));
+  float v;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(v) : "f"(2.f + t));
+  v *= t;
+  const float z = v * v;
+  return fmaf(v, fmaf(fmaf(fmaf(0.3422605f, z, 0.3958946f), z, 0.66676003f), z, 1.9999997f), fmaxf(x, 0.f));
+}
+
+// HSP and decay of 16 states, T of 16 bits, dt_rank a multiple of 4 and at most 64: the run of pairs that begins at pair
+// `begin` of the group. Returns where the next begins, 0 if there is none, -1 if this one is too long (and not done).
+// The weight separates:
+//   sum over channels e and states n of exp(A sigma) delta_s B_s delta_t B_t
+//     = sum_n B_s[n] B_t[n] sum_e (delta_s delta_t)[e] exp(A[e,n] sigma[e]),
+// so that a channel and state of a pair cost an exponential, a multiplication and an addition. A warp takes 32 channels
+// at a time and walks outward by four tokens: two mma tiles, m = 16 channels, n = the four tokens twice, of which lane
+// (g, q) = (lane / 4, lane % 4) uses those of tile q / 2: channels 16 (q / 2) + g and + 8, tokens 2 (q % 2) and the
+// next. Then it takes states 4q..4q+3 of channels g, g + 8, g + 16, g + 24; what it needs of these goes through shared
+// memory. All sums are taken in a fixed order.
+template <typename T, int kThreads>
+__device__ __noinline__ int merge_weights_of_run(const MambaScanParams& p, int group, int b, int begin,
+                                                 typename MergeWeightShared<kThreads>::Sixteen& shared) {
+  using Shared = typename MergeWeightShared<kThreads>::Sixteen;
+  constexpr int kWarps = kThreads / 32, kTokens = 4, kChannels = 32, kLine = 128;
+  constexpr int kAhead = 4;  // rounds of channels on their way to L1
+  constexpr unsigned kAll = ~0u;
+  const int tid = threadIdx.x, lane = tid % 32, g = lane >> 2, q = lane & 3;
+  const int warp = __shfl_sync(kAll, tid / 32, 0);  // uniform, for the compiler too
+  const int L = p.seqlen, E = p.d_inner, R = p.dt_rank, units = (E + kChannels - 1) / kChannels;
+  const bool decay = p.weight_mode == WeightMode::kDecay;
+  const int size = merge_group_size(p.nb_pairs), first = group * size, count = min(p.nb_pairs - first, size);
+
+  // ---- the run: pairs with one target, on one side of it. Every warp finds it by itself; lane i has pair i.
+  int source = -1, target = -1;
+  if (lane < count) {
+    source = p.merge_pairs[2 * (first + lane)];
+    target = p.merge_pairs[2 * (first + lane) + 1];
+  }
+  const bool broken = source < 0 || target < 0 || source >= L || target >= L;
+  const unsigned before = __ballot_sync(kAll, source < target);
+  const unsigned leader = lane == begin && !broken ? static_cast<unsigned>(target) : 0u;
+  const int to = static_cast<int>(__reduce_or_sync(kAll, leader));
+  const bool forward = before >> begin & 1;
+  const bool other = broken || target != to || (source < target) != forward;  // lanes from count on are broken
+  const int end = __ffs(static_cast<int>(__ballot_sync(kAll, lane >= begin && other))) - 1, pairs = end - begin;
+  auto weight_of = [&](int pair) { return p.merge_weights + static_cast<int64_t>(b) * p.nb_pairs + first + pair; };
+  if (pairs == 0) {  // a broken plan shows as NaN, not as a wild read
+    wait_for_previous();
+    let_next_start();
+    if (tid == 0) *weight_of(begin) = nanf("");
+    return begin + 1 < count ? begin + 1 : 0;
+  }
+  const int distance = lane >= begin && lane < end ? abs(source - to) : -kTokens;
+  const int farthest = __reduce_max_sync(kAll, distance);
+  const int dir = forward ? 0 : 1, outward = dir ? 1 : -1;
+  if (farthest >= Shared::kMaxTokens) return -1;
+
+  // ---- constants, on their way before the wait
+  const char* dt_weight =
+      static_cast<const char*>(p.dt_weight) + static_cast<int64_t>(dir) * E * R * static_cast<int>(sizeof(T));
+  const float* dt_bias = p.dt_bias + static_cast<int64_t>(dir) * E;
+  const float* A = p.A + static_cast<int64_t>(dir) * E * 16;
+  const int weight_row = R * static_cast<int>(sizeof(T));
+  auto prefetch = [&](int unit) {
+    const int e = unit * kChannels, channels = min(kChannels, E - e);
+    if (kLine * lane < 64 * channels)
+      asm volatile("prefetch.global.L1 [%0];" ::"l"(reinterpret_cast<const char*>(A) + 64 * e + kLine * lane));
+    if (kLine * lane < weight_row * channels)
+      asm volatile("prefetch.global.L1 [%0];" ::"l"(dt_weight + e * weight_row + kLine * lane));
+    if (lane == 0) asm volatile("prefetch.global.L1 [%0];" ::"l"(dt_bias + e));
+  };
+#pragma unroll 1
+  for (int unit = warp; unit < min(units, warp + kAhead * kWarps); unit += kWarps) prefetch(unit);
+  wait_for_previous();
+  let_next_start();
+
+  // ---- x_dbl, from the target outward
+  const int step = outward * p.row * static_cast<int>(sizeof(T)), tokens = farthest / kTokens * kTokens + kTokens;
+  const int log2_pieces = R <= 32 ? 2 : 3;  // of 16 bytes, of a token: no more than dt, B and C
+  const char* rows =
+      static_cast<const char*>(p.x_dbl) + ((static_cast<int64_t>(dir) * p.batch + b) * L + to) * p.row * sizeof(T);
+#pragma unroll 1
+  for (int i = tid; i < tokens << log2_pieces; i += kThreads) {  // the last token repeats
+    const int d = i >> log2_pieces, piece = i - (d << log2_pieces);
+    copy_async16(&shared.rows[d][16 * piece], rows + min(d, farthest) * step + 16 * piece, true);
+  }
+  float* scale = &shared.scale[0].x;
+#pragma unroll 1
+  for (int d = tid; d < tokens; d += kThreads)
+    scale[d] = p.decay_scale ? kLog2e * p.decay_scale[to + outward * min(d, farthest)] : kLog2e;
+  if (warp == kWarps - 1) {
+    const char* B = rows + weight_row + 8 * q;
+    const int from = __shfl_sync(kAll, distance, (begin + g) % 32);
+    if (g < pairs) copy_async8(&shared.B[g][q], B + from * step, true);
+    if (g == 0) copy_async8(&shared.B[kMergeGroup][q], B, true);
+  }
+  copy_async_wait_all();
+  __syncthreads();
+
+  float sum[kMergeGroup][4], square = 0.f;  // of states 4q..4q+3; of delta_t^2
+#pragma unroll
+  for (int j = 0; j < kMergeGroup; j++) sum[j][0] = sum[j][1] = sum[j][2] = sum[j][3] = 0.f;
+  float4* mine = &shared.decayed[warp][(16 * (q >> 1) + g) * Shared::kChannel + (q & 1)];
+  const float2* theirs = reinterpret_cast<const float2*>(&shared.decayed[warp][g * Shared::kChannel]);
+#pragma unroll 1
+  for (int unit = warp; unit < units; unit += kWarps) {
+    int e0 = unit * kChannels + g;
+    if (unit + kAhead * kWarps < units) prefetch(unit + kAhead * kWarps);
+    float sigma[2] = {0.f, 0.f}, delta_target[2] = {0.f, 0.f};  // sigma: log2(e) sum of s delta before these tokens
+#pragma unroll 1
+    for (int d0 = 0; d0 < tokens; d0 += kTokens) {
+      asm volatile("" : "+r"(e0));  // else the addresses of all channels stay in registers
+      const unsigned here = __ballot_sync(kAll, distance >= d0 && distance < d0 + kTokens) >> begin;
+      // ---- delta
+      const char* dt = &shared.rows[d0 + (g & 3)][8 * q];
+      float x[2][4];
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const int e = e0 + 16 * (q >> 1) + 8 * r;
+        const float bias = e < E ? dt_bias[e] : -1e30f;  // no such channel: delta is zero
+        x[0][2 * r] = x[0][2 * r + 1] = x[1][2 * r] = x[1][2 * r + 1] = bias;
+      }
+#pragma unroll
+      for (int k0 = 0; k0 < 4; k0 += 2) {
+        if (16 * k0 >= R) break;
+        uint4 weight[2][2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          const char* low = dt_weight + min(e0 + 16 * i, E - 1) * weight_row + 32 * k0 + 8 * q;
+          const char* high = dt_weight + min(e0 + 16 * i + 8, E - 1) * weight_row + 32 * k0 + 8 * q;
+#pragma unroll
+          for (int k = 0; k < 2; k++) {
+            uint2 r0 = make_uint2(0, 0), r1 = r0;  // beyond dt_rank the rows hold B: weight zero
+            if (16 * (k0 + k) + 4 * q < R) {
+              r0 = *reinterpret_cast<const uint2*>(low + 32 * k);
+              r1 = *reinterpret_cast<const uint2*>(high + 32 * k);
+            }
+            weight[i][k] = make_uint4(r0.x, r1.x, r0.y, r1.y);
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          if (16 * (k0 + k) >= R) break;
+          const uint2 token = *reinterpret_cast<const uint2*>(dt + 32 * (k0 + k));
+          mma_k16<T>(x[0], weight[0][k], token);
+          mma_k16<T>(x[1], weight[1][k], token);
+        }
+        asm volatile("" : "+r"(e0) : "f"(x[0][0]), "f"(x[1][0]));  // what follows is loaded into the same registers
+      }
+      float4 a[4];
+#pragma unroll
+      for (int c = 0; c < 4; c++) a[c] = load4(A + min(e0 + 8 * c, E - 1) * 16 + 4 * q);
+      float delta[2][2];  // [channel + 8 r][token]
+#pragma unroll
+      for (int r = 0; r < 4; r++) delta[r >> 1][r & 1] = softplus_close(q & 2 ? x[1][r] : x[0][r]);
+
+      // ---- sigma before each token, delta_s delta_t
+      const float2 s = shared.scale[d0 / 2 + (q & 1)];
+      __syncwarp();  // the tokens before are read
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const float nearest = __shfl_sync(kAll, delta[r][0], lane & ~1);
+        if (d0 == 0) {
+          delta_target[r] = nearest;
+          if ((q & 1) == 0) square = fmaf(nearest, nearest, square);
+        }
+        const float own = s.x * delta[r][0], both = fmaf(s.y, delta[r][1], own);
+        const float others = __shfl_xor_sync(kAll, both, 1);
+        const float from = q & 1 ? sigma[r] + others : sigma[r];
+        sigma[r] += both + others;
+        const bool exists = e0 + 16 * (q >> 1) + 8 * r < E;
+        mine[8 * r * Shared::kChannel] =
+            decay ? make_float4(from, exists ? 1.f : 0.f, from + own, exists ? 1.f : 0.f)
+                  : make_float4(from, delta[r][0] * delta_target[r], from + own, delta[r][1] * delta_target[r]);
+      }
+      __syncwarp();
+
+      // ---- the sources among these tokens
+#pragma unroll
+      for (int j = 0; j < kMergeGroup; j++) {
+        if (here >> j == 0) break;
+        if ((here >> j & 1) == 0) continue;
+        const float2* at = theirs + __shfl_sync(kAll, distance, begin + j) - d0;
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+          const float2 v = at[8 * c * 2 * Shared::kChannel];
+          sum[j][0] = fmaf(v.y, ex2(a[c].x * v.x), sum[j][0]);
+          sum[j][1] = fmaf(v.y, ex2(a[c].y * v.x), sum[j][1]);
+          sum[j][2] = fmaf(v.y, ex2(a[c].z * v.x), sum[j][2]);
+          sum[j][3] = fmaf(v.y, ex2(a[c].w * v.x), sum[j][3]);
+        }
+      }
+    }
+  }
+
+  // ---- B, and the sums over states, lanes and warps, in a fixed order
+  const float4 target_B = unpack4<T>(shared.B[kMergeGroup][q]);
+#pragma unroll
+  for (int j = 0; j <= kMergeGroup; j++) {
+    if (j < kMergeGroup && j >= pairs) continue;
+    float v = square;
+    if (j < kMergeGroup) {
+      const float(&s)[4] = sum[j < kMergeGroup ? j : 0];
+      const float4 B = unpack4<T>(shared.B[j][q]);
+      v = decay ? (s[0] + s[1]) + (s[2] + s[3])
+                : fmaf(s[0], B.x * target_B.x, s[1] * (B.y * target_B.y)) +
+                      fmaf(s[2], B.z * target_B.z, s[3] * (B.w * target_B.w));
+    }
+#pragma unroll
+    for (int mask = 16; mask; mask >>= 1) v += __shfl_xor_sync(kAll, v, mask);
+    if (lane == 0) shared.partial[j][warp] = v;
+  }
+  __syncthreads();
+  if (tid < pairs) {
+    float total = 0.f, whole = 0.f, norm = 0.f;
+#pragma unroll
+    for (int w = 0; w < kWarps; w++) total += shared.partial[tid][w], whole += shared.partial[kMergeGroup][w];
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const float4 B = unpack4<T>(shared.B[kMergeGroup][k]);
+      norm = fmaf(B.x, B.x, fmaf(B.y, B.y, fmaf(B.z, B.z, fmaf(B.w, B.w, norm))));
+    }
+    *weight_of(begin + tid) =
+        decay ? total / (static_cast<float>(E) * 16.f) : fminf(fmaxf(total / fmaf(whole, norm, 1e-12f), 0.f), 1.f);
+  }
+  __syncthreads();  // shared is free again
+  return end < count ? end : 0;
+}
+
+// The weights of a group in image b, by a whole block of kThreads. Waits for the kernel before, after it has asked for
+// constants. kSixteen: d_state is 16.
+template <typename T, int kThreads, bool kSixteen>
+__device__ __forceinline__ void merge_weights_of_group(const MambaScanParams& p, int group, int b,
+                                                       MergeWeightShared<kThreads>& shared) {
+  if constexpr (sizeof(T) == 2) {
+    if (p.weight_mode != WeightMode::kHspLiteral && (kSixteen || p.d_state == 16) && p.dt_rank % 4 == 0 &&
+        p.dt_rank <= 64) {
+      int begin = 0;
+      do
+        begin = merge_weights_of_run<T, kThreads>(p, group, b, begin, shared.sixteen);
+      while (begin > 0);
+      if (begin == 0) return;
+    }
+  }
+  merge_weights_general<T, kThreads, kSixteen>(p, group, b, shared.general);
 }
 
 }  // namespace stm

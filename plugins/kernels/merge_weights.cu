@@ -10,9 +10,7 @@ constexpr int kThreads = 512;
 
 template <typename T>
 __global__ __launch_bounds__(kThreads) void merge_weights_kernel(const __grid_constant__ MambaScanParams p) {
-  __shared__ MergeWeightShared shared;
-  wait_for_previous();
-  let_next_start();
+  __shared__ MergeWeightShared<kThreads> shared;
   merge_weights_of_group<T, kThreads, false>(p, blockIdx.x, blockIdx.y, shared);
 }
 

@@ -158,7 +158,8 @@ void parallel_for(int64_t n, const std::function<void(int64_t)>& body) {
 
 struct Options {
   bool quick = false, time = false, verbose = false;
-  double soak = 0;  // seconds
+  double soak = 0;      // seconds
+  bool shared = false;  // others use the card: what the soak leaves of its memory says nothing
   std::string only, type;
 } options;
 
@@ -263,13 +264,15 @@ struct Case {
   int batch = 2, seqlen = 197, d_inner = 96, d_state = 16, dt_rank = 12, cls = -1, mode = 0;
   bool scaled = false;
   Level level = Level::kTrained;
-  int pairs = 0;  // 0: the edge rule with two sources a side; 1: long spans and both directions
+  int pairs = 0;  // 0: the edge rule with two sources a side; 1: long spans and both directions; 2: the edge rule with 21;
+                  // 3: several runs, on both sides of a target and at both ends
   int row() const { return (dt_rank + 2 * d_state + 7) / 8 * 8; }
   std::string text() const {
     char s[160];
     std::snprintf(s, sizeof s, "B%d L%d E%d N%d R%d%s%s%s%s%s", batch, seqlen, d_inner, d_state, dt_rank,
                   cls >= 0 ? (" cls" + std::to_string(cls)).c_str() : "", scaled ? " scaled" : "",
-                  mode ? (" mode" + std::to_string(mode)).c_str() : "", pairs ? " long pairs" : "", name_of(level));
+                  mode ? (" mode" + std::to_string(mode)).c_str() : "",
+                  pairs ? (" pairs" + std::to_string(pairs)).c_str() : "", name_of(level));
     return s;
   }
 };
@@ -315,8 +318,17 @@ std::vector<int32_t> merge_pairs(const Case& c) {
   if (c.pairs == 0) {
     const int last = L - 1;
     add(0, 2), add(1, 2), add(std::max(last - 1, 0), std::max(last - 2, 0)), add(last, std::max(last - 2, 0));
-  } else {
+  } else if (c.pairs == 1) {
     add(0, L - 1), add(L - 1, 0), add(3, L / 2), add(L / 2, 3), add(L / 2, L / 2 + 9), add(10, 2), add(5, 5);
+  } else if (c.pairs == 2) {
+    const int side = std::min(21, (L - 1) / 2);
+    for (int i = 0; i < side; i++) add(i, side);
+    for (int i = 0; i < side; i++) add(L - 1 - i, L - 1 - side);
+  } else {
+    for (int i : {4, 2, 1, 5, 6, 3, 8}) add(i, 3);
+    for (int i : {0, 1, 7, 5, L - 2}) add(i, 0);
+    for (int i = 1; i < 7; i++) add(std::max(L - i * i, 0), L - 1);
+    add(0, L - 1);
   }
   return pairs;
 }
@@ -349,7 +361,8 @@ double delta_reference(const Layer& w, const Case& c, int dir, int b, int e, int
 
 const char* name_of(ConvXProjShape shape) {
   const char* names[] = {"few",     "few, cluster 2", "few, cluster 4", "few, cluster 8",
-                         "split 8", "split 4",        "split 2",        "many"};
+                         "split 8", "split 4",        "split 2",        "many",
+                         "wide"};
   static_assert(sizeof names / sizeof *names == kConvXProjShapes);
   return names[static_cast<int>(shape)];
 }
@@ -395,7 +408,8 @@ void test_conv(const Case& c, DataType T) {
     const auto shape = static_cast<ConvXProjShape>(i);
     const cudaError_t status = conv_xproj_tensor_core(p, shape, nullptr);
     CHECK_CUDA(cudaDeviceSynchronize());
-    if (status == cudaErrorInvalidConfiguration && !every) continue;
+    const bool refused = shape == ConvXProjShape::kWide && !conv_xproj_wide_supported(c.d_inner, c.row());
+    if (status == cudaErrorInvalidConfiguration && (!every || refused)) continue;
     std::vector<Values> got;
     const std::string trouble =
         run_twice([&](cudaStream_t s) { return conv_xproj_tensor_core(p, shape, s); }, {{&x_dbl, T}}, got);
@@ -418,14 +432,15 @@ const char* name_of(MambaScanTactic tactic) {
 }
 
 struct ScanReference {
-  Values y, weights, weight_scale;  // weight_scale: mean absolute term, what rounding is relative to
+  // What rounding is relative to: terms, the absolute sum of y's; weight_scale, a weight's mean absolute term.
+  Values y, terms, weights, weight_scale;
 };
 
 ScanReference scan_reference(const Layer& w, const Case& c, const std::vector<int32_t>& pairs) {
   const int64_t B = c.batch, L = c.seqlen, E = c.d_inner, N = c.d_state, R = c.dt_rank, P = c.row();
   const int64_t L_out = c.cls >= 0 ? 1 : L;
   ScanReference r;
-  r.y.assign(B * L_out * E, 0);
+  r.y.assign(B * L_out * E, 0), r.terms = r.y;
   parallel_for(B * E, [&](int64_t i) {
     const int b = static_cast<int>(i / E), e = static_cast<int>(i % E);
     Values u, h(N);
@@ -436,13 +451,15 @@ ScanReference scan_reference(const Layer& w, const Case& c, const std::vector<in
         const int64_t t = dir ? L - 1 - k : k;
         const double* row = &w.x_dbl[((dir * B + b) * L + t) * P + R];
         const double delta = delta_reference(w, c, dir, b, e, static_cast<int>(t)), s = c.scaled ? w.scale[t] : 1;
-        double sum = w.D[dir * E + e] * u[t];
+        double sum = w.D[dir * E + e] * u[t], terms = std::fabs(sum);
         for (int64_t n = 0; n < N; n++) {
           h[n] = std::exp(s * delta * w.A[(dir * E + e) * N + n]) * h[n] + delta * row[n] * u[t];
-          sum += h[n] * row[N + n];
+          sum += h[n] * row[N + n], terms += std::fabs(h[n] * row[N + n]);
         }
-        const double z = w.xz[(b * L + t) * 2 * E + E + e];
-        if (c.cls < 0 || t == c.cls) r.y[(b * L_out + (c.cls < 0 ? t : 0)) * E + e] += sum * z * sigmoid(z);
+        if (c.cls >= 0 && t != c.cls) continue;
+        const double z = w.xz[(b * L + t) * 2 * E + E + e], gate = z * sigmoid(z);
+        const int64_t at = (b * L_out + (c.cls < 0 ? t : 0)) * E + e;
+        r.y[at] += sum * gate, r.terms[at] += terms * std::fabs(gate);
       }
     }
   });
@@ -473,6 +490,15 @@ ScanReference scan_reference(const Layer& w, const Case& c, const std::vector<in
       r.weights[i] = sum / (E * N), r.weight_scale[i] = scale / (E * N);
   });
   return r;
+}
+
+// Norm of the difference over that of y, or over a quarter of its terms' where they cancel more. Over a whole sequence the
+// terms' norm is 2 to 4 times y's; but a class token is few values, and one channel that cancels can rule them: 2,000 hard
+// ones, emulated, had up to 16, where torch's roundings (fp16 u, dt, y) err by up to 3e-3 of y's norm.
+double scan_error(const Values& got, const ScanReference& want) {
+  double norm = 0, terms = 0;
+  for (size_t i = 0; i < want.y.size(); i++) norm += want.y[i] * want.y[i], terms += want.terms[i] * want.terms[i];
+  return relative_error(got, want.y) * std::sqrt(norm / std::max({norm, terms / 16, 1e-300}));
 }
 
 struct ScanBuffers {
@@ -524,7 +550,7 @@ void test_scan(const Case& c, DataType T) {
     const double bound = T == DataType::kFloat32 ? (c.level == Level::kTrained ? 1e-5 : 3e-5)
                          : T == DataType::kFloat16 ? 1e-3 : 8e-3;
     const std::string group = std::string("mamba_scan ") + name_of(tactic) + " " + name_of(T);
-    report(group, c.text(), got.empty() ? NAN : relative_error(got[0], want.y), bound, trouble);
+    report(group, c.text(), got.empty() ? NAN : scan_error(got[0], want), bound, trouble);
     if (c.mode && got.size() > 1) {
       double worst = 0;
       for (size_t k = 0; k < want.weights.size(); k++) {
@@ -688,6 +714,9 @@ void test_refusals() {
   expect("walk mma, d_state 17", mamba_scan(scan, MambaScanTactic::kWalkMma, nullptr));
   scan.d_state = 16;
   expect("two passes over 8 tokens", mamba_scan(scan, MambaScanTactic::kWalkMmaTwoPass, nullptr));
+  scan.seqlen = 209;
+  expect("segments of 209 tokens", mamba_scan(scan, MambaScanTactic::kSegments, nullptr));
+  scan.seqlen = 8;
   scan.d_state = 65, scan.row = 144;
   expect("d_state 65", mamba_scan(scan, MambaScanTactic::kSimple, nullptr));
   scan.d_state = 16, scan.row = 40;
@@ -758,6 +787,15 @@ std::vector<Case> scan_cases() {
         cases.push_back(with([&](Case& c) {
           c.mode = mode, c.pairs = pairs, c.seqlen = L, c.scaled = L == 9 || mode == 2, c.d_state = pairs ? 16 : 17;
         }));
+  for (int pairs : {2, 3})  // merge weights of 16 states: ranks, channels that fill no tile, spans of 63 and 64 tokens
+    for (int mode : {1, 2}) {
+      auto merging = [&](auto edit) {
+        cases.push_back(with([&](Case& c) { c.mode = mode, c.pairs = pairs, c.seqlen = 65, edit(c); }));
+      };
+      for (int R : {4, 16, 20, 36, 64}) merging([&](Case& c) { c.dt_rank = R, c.scaled = R == 20; });
+      for (int E : {16, 100, 132}) merging([&](Case& c) { c.d_inner = E, c.scaled = true; });
+      merging([&](Case& c) { c.level = Level::kHard, c.seqlen = 9; });
+    }
   for (Level level : {Level::kHard, Level::kExtreme}) {
     for (int L : {8, 197}) cases.push_back(with([&](Case& c) { c.level = level, c.seqlen = L; }));
     cases.push_back(with([&](Case& c) { c.level = level, c.mode = 1, c.pairs = 1, c.scaled = true; }));
@@ -926,7 +964,7 @@ void soak(double seconds) {
     while (c.batch > 1 && static_cast<double>(c.batch) * c.seqlen * c.d_inner * c.d_state > 4e6) c.batch--;
     if (below(5) == 0) c.cls = below(c.seqlen);
     c.mode = c.seqlen >= 9 ? below(4) : 0;
-    c.pairs = below(2), c.scaled = below(2), c.level = below(2) ? Level::kTrained : Level::kHard;
+    c.pairs = below(4), c.scaled = below(2), c.level = below(2) ? Level::kTrained : Level::kHard;
     const DataType T = kTypes[below(3)];
     if (static_cast<double>(c.batch) * c.seqlen * c.d_inner * c.d_state <= 2e7) test_scan(c, T);
     test_conv(c, T);
@@ -940,7 +978,8 @@ void soak(double seconds) {
   const size_t after = free_bytes();
   std::printf("soak: %.0f s, %d rounds, memory lost since round 20: %.1f MiB\n", seconds, rounds,
               before > after ? static_cast<double>(before - after) / 1048576. : 0.);
-  report("soak", "memory", before && before > after ? static_cast<double>(before - after) : 0., 16. * 1048576., "");
+  if (!options.shared)
+    report("soak", "memory", before && before > after ? static_cast<double>(before - after) : 0., 16. * 1048576., "");
 }
 
 // ---- timing -----------------------------------------------------------------------------------------------------
@@ -1108,7 +1147,7 @@ void time_all() {
 }  // namespace
 
 const char kUsage[] =
-    "usage: kernel_test [--quick] [--time] [--soak SECONDS] [--only conv|scan|norm|patch] [--type fp32|fp16|bf16] [--verbose]";
+    "usage: kernel_test [--quick] [--time] [--soak SECONDS [--shared]] [--only conv|scan|norm|patch] [--type fp32|fp16|bf16] [--verbose]";
 
 int main(int argc, char** argv) {
   for (int i = 1; i < argc; i++) {
@@ -1117,6 +1156,7 @@ int main(int argc, char** argv) {
     else if (a == "--time") options.time = true;
     else if (a == "--verbose") options.verbose = true;
     else if (a == "--soak" && i + 1 < argc) options.soak = std::atof(argv[++i]);
+    else if (a == "--shared") options.shared = true;
     else if (a == "--only" && i + 1 < argc) options.only = argv[++i];
     else if (a == "--type" && i + 1 < argc) options.type = argv[++i];
     else {

@@ -1,0 +1,304 @@
+// conv_xproj_wide.cu: both convs + SiLU + x_proj for many tokens: a block takes both directions of its tokens, so that x
+// and the weights come from L2 once for many of them. u is made in the registers that x_proj takes as its A operand and
+// never stored.
+#include <climits>
+
+#include "conv_xproj_impl.h"
+#include "device.cuh"
+#include "launch.cuh"
+
+namespace stm {
+namespace {
+
+// A lane group (four lanes) owns 6 consecutive tokens of one image, a warp 48. Images are padded to a multiple of 6, so
+// that an image's edge lies only between groups.
+constexpr int kGroupTokens = 6, kWarpTokens = 8 * kGroupTokens, kHalo = 3, kWindow = kGroupTokens + kHalo;
+constexpr int kDepth = 64;  // channels of a stage: rows of 128 bytes
+constexpr int kLine = 128;
+
+template <typename T_, int kTiles_>
+struct WideTraits {
+  using T = T_;
+  static constexpr int kTiles = kTiles_;  // of 8 outputs: row <= 8 kTiles
+  static constexpr int kLeastRow = kTiles > 7 ? 64 : kTiles > 6 ? 56 : 8;
+  static constexpr int kSpans = 2;  // of 48 tokens in a block; a warp for each span and direction
+  static constexpr int kWarps = 2 * kSpans, kThreads = 32 * kWarps;
+  static constexpr int kBlocksPerSM = 2;  // one block of twice the size is 2 to 9 % slower, where it divides the tokens as well
+  static constexpr int kStages = 3;
+  static constexpr bool kEarly = kTiles <= 7;  // registers suffice to keep the weights of two k-steps
+  static constexpr int kTokens = kWarpTokens * kSpans, kRows = kTokens + 2 * kHalo;
+  static constexpr int kOutputs = 16 * kTiles;      // rows of x_proj_weight in a stage, both directions
+  static constexpr int kRowsAtOnce = kThreads / 8;  // rows that the block brings in one go, a thread 16 bytes of each
+  // A stage, in bytes: x, three rows of zeros, weights, taps and bias of both directions.
+  static constexpr int kZeros = kRows * kLine, kWeights = kZeros + kHalo * kLine;
+  static constexpr int kTaps = kWeights + kOutputs * kLine, kBias = kTaps + 2 * kDepth * 16;
+  static constexpr int kStage = kBias + 2 * kDepth * 4;
+  static constexpr int kOutPitch = 16 * (kTiles | 1);  // bytes of a token's outputs; odd for the banks
+  static constexpr size_t kBytes = kStages * kStage + (kRows * 4 + 15) / 16 * 16;
+  static_assert(kWarps * kWarpTokens * kOutPitch <= kStages * kStage);
+};
+
+// A row's 16-byte pieces lie in order, or with the two halves exchanged: lanes 0 to 7 read the same half of two rows, of
+// which one is exchanged, so they meet all banks. `odd` is that of the token's group, or of the output.
+__device__ __forceinline__ int piece_place(int piece, int odd) { return (piece ^ (odd << 2)) * 16; }
+
+// Grid (tiles of kTokens padded tokens).
+template <typename Traits>
+__global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void wide_kernel(
+    const __grid_constant__ ConvXProjParams p) {
+  using T = typename Traits::T;
+  constexpr int kTiles = Traits::kTiles, kRows = Traits::kRows, kOutputs = Traits::kOutputs;
+  constexpr int kThreads = Traits::kThreads, kStages = Traits::kStages, kRowsAtOnce = Traits::kRowsAtOnce;
+  constexpr int kXCopies = (kRows + kRowsAtOnce - 1) / kRowsAtOnce;
+  constexpr int kWeightCopies = (kOutputs + kRowsAtOnce - 1) / kRowsAtOnce;
+  static_assert(kRows <= 2 * kThreads && kThreads >= 2 * kDepth && kRowsAtOnce % 2 == 0);
+  extern __shared__ __align__(128) unsigned char shared[];
+  int* const token_table = reinterpret_cast<int*>(shared + kStages * Traits::kStage);
+
+  const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, q = lane & 3;
+  const int L = p.seqlen, E = p.d_inner, row = p.row, steps = E / kDepth;
+  const int dir = warp & 1, span = warp >> 1;
+  const unsigned groups_per_image = (L + kGroupTokens - 1) / kGroupTokens;
+  const int groups = p.batch * groups_per_image;
+  const int first_group = blockIdx.x * (Traits::kTokens / kGroupTokens);
+
+  // What a thread brings: piece `piece` of every kRowsAtOnce-th row.
+  const int first_row = tid >> 3, piece = tid & 7;
+  const uint4 *weights_at = static_cast<const uint4*>(p.x_proj_weight), *x_at = static_cast<const uint4*>(p.xz);
+  int x_source[kXCopies];  // pieces after that, -1: no such token
+  int x_place[kXCopies];   // bytes into a stage
+  // Both directions' rows of x_proj_weight follow each other. Where they are fewer than kOutputs, columns that reach no
+  // output are computed from what lies there.
+  const unsigned weight_source = static_cast<unsigned>(first_row * (E / 8) + piece);  // in pieces
+  auto bring_weights = [&](int step, int slot) {
+    if (step >= steps) return;
+    unsigned char* to = shared + slot * Traits::kStage + Traits::kWeights + first_row * kLine +
+                        piece_place(piece, first_row & 1);
+#pragma unroll
+    for (int i = 0; i < kWeightCopies; i++)
+      if ((i + 1) * kRowsAtOnce <= 2 * Traits::kLeastRow || first_row + i * kRowsAtOnce < 2 * row)
+        copy_async16(to + i * (kRowsAtOnce * kLine), weights_at + (weight_source + i * (kRowsAtOnce * (E / 8))), true);
+    weights_at += kDepth / 8;
+  };
+  auto bring_x = [&](int step, int slot) {
+    if (step >= steps) return;
+    unsigned char* to = shared + slot * Traits::kStage;
+#pragma unroll
+    for (int i = 0; i < kXCopies; i++)
+      if (x_source[i] >= 0) copy_async16(to + x_place[i], x_at + static_cast<unsigned>(x_source[i]), true);
+    x_at += kDepth / 8;
+  };
+  // Taps and bias of a channel, halved for SiLU, the taps in the order of the window's rows.
+  const int tap_dir = tid >> 6 & 1, tap_channel = (tid >> 5 & 1) * 32 + (tid & 3) * 8 + (tid >> 2 & 7);
+  struct Taps {
+    float4 w;
+    float bias;
+  };
+  auto read_taps = [&](int step) {
+    if (tid >= 2 * kDepth || step >= steps) return Taps{};
+    const int channel = tap_dir * E + step * kDepth + tap_channel;
+    return Taps{load4(p.conv_weight + static_cast<int64_t>(channel) * 4), p.conv_bias[channel]};
+  };
+  auto keep_taps = [&](int slot, const Taps& v) {
+    if (tid >= 2 * kDepth) return;
+    const float4 w = v.w;
+    unsigned char* stage = shared + slot * Traits::kStage;
+    reinterpret_cast<float4*>(stage + Traits::kTaps)[tid] =
+        tap_dir ? make_float4(.5f * w.w, .5f * w.z, .5f * w.y, .5f * w.x)
+                : make_float4(.5f * w.x, .5f * w.y, .5f * w.z, .5f * w.w);
+    reinterpret_cast<float*>(stage + Traits::kBias)[tap_dir * kDepth + tap_channel] = .5f * v.bias;
+  };
+#pragma unroll
+  for (int s = 0; s < kStages - 1; s++) bring_weights(s, s);
+  Taps first_taps[kStages - 1];
+#pragma unroll
+  for (int s = 0; s < kStages - 1; s++) first_taps[s] = read_taps(s);
+
+  for (int r = tid; r < kRows; r += kThreads) {  // row of the tile to token of the input, -1 if there is none
+    const int from_group = r - kHalo + kGroupTokens, group = first_group - 1 + from_group / kGroupTokens;
+    const unsigned image = static_cast<unsigned>(max(group, 0)) / groups_per_image;
+    const int t = (group - static_cast<int>(image * groups_per_image)) * kGroupTokens + from_group % kGroupTokens;
+    token_table[r] = group >= 0 && group < groups && t < L ? static_cast<int>(image) * L + t : -1;
+  }
+  if (tid < kStages * (kHalo * kLine / 16))
+    *reinterpret_cast<uint4*>(shared + tid / (kHalo * kLine / 16) * Traits::kStage + Traits::kZeros +
+                              tid % (kHalo * kLine / 16) * 16) = make_uint4(0, 0, 0, 0);
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kXCopies; i++) {
+    const int r = first_row + i * kRowsAtOnce, group = (r - kHalo + kGroupTokens) / kGroupTokens - 1;
+    const int token = r < kRows ? token_table[r] : -1;
+    x_place[i] = r * kLine + piece_place(piece, group & 1);
+    x_source[i] = token < 0 ? -1 : static_cast<int>(static_cast<unsigned>(token) * static_cast<unsigned>(E / 4)) + piece;
+    if (token < 0 && r < kRows)
+#pragma unroll
+      for (int s = 0; s < kStages; s++)
+        *reinterpret_cast<uint4*>(shared + s * Traits::kStage + x_place[i]) = make_uint4(0, 0, 0, 0);
+  }
+
+  // The window's nine rows in threes: the last half of the group before, the own group; or the own group, the first half of
+  // the group after. What belongs to another image is read from the rows of zeros.
+  int window_place[3];
+  {
+    const int local = 8 * span + g, group = first_group + local;
+    const int in_image = group % static_cast<int>(groups_per_image);
+    const bool edge = dir ? in_image + 1 == static_cast<int>(groups_per_image) : in_image == 0;
+#pragma unroll
+    for (int k = 0; k < 3; k++) {
+      const int half = 2 * local + k + (dir ? 1 : 0);  // of a group, from the last half of the group before the tile
+      const int from = (half + 1) >> 1;                // group - first_group + 1
+      const bool outside = edge && k == (dir ? 2 : 0);
+      window_place[k] =
+          outside ? Traits::kZeros + q * 16 : half * (kHalo * kLine) + piece_place(q, (from - 1) & 1);
+    }
+  }
+  const int weight_place = Traits::kWeights + (dir * row + g) * kLine + piece_place(q, g & 1);
+
+  wait_for_previous();
+  let_next_start();
+#pragma unroll
+  for (int s = 0; s < kStages - 1; s++) {
+    bring_x(s, s);
+    copy_async_commit();
+  }
+  Taps next_taps = read_taps(kStages - 1);
+#pragma unroll
+  for (int s = 0; s < kStages - 1; s++) keep_taps(s, first_taps[s]);
+
+  float acc[3][kTiles][4];  // tokens 2m and 2m + 1 of the lane group
+#pragma unroll
+  for (int m = 0; m < 3; m++)
+#pragma unroll
+    for (int n = 0; n < kTiles; n++)
+#pragma unroll
+      for (int r = 0; r < 4; r++) acc[m][n][r] = 0.f;
+
+  auto product = [](float* sums, const uint32_t (&u)[kGroupTokens][4], int m, int k, uint4 w) {
+    mma_k16<T>(sums, make_uint4(u[2 * m][2 * k], u[2 * m + 1][2 * k], u[2 * m][2 * k + 1], u[2 * m + 1][2 * k + 1]),
+               k == 0 ? make_uint2(w.x, w.y) : make_uint2(w.z, w.w));
+  };
+
+  int slot = 0;
+#pragma unroll 1
+  for (int step = 0; step < steps; step++) {
+    copy_async_wait<kStages - 2>();
+    __syncthreads();  // this step has arrived for all; all are done with the stage that is filled next
+    const int next = step + kStages - 1, next_slot = slot == 0 ? kStages - 1 : slot - 1;
+    bring_weights(next, next_slot);
+    bring_x(next, next_slot);
+    copy_async_commit();
+    keep_taps(next_slot, next_taps);
+    next_taps = read_taps(next + 1);
+    const unsigned char* stage = shared + slot * Traits::kStage;
+    slot = slot + 1 == kStages ? 0 : slot + 1;
+
+#pragma unroll
+    for (int sub = 0; sub < 2; sub++) {  // 32 channels: 8 of a lane, two k-steps
+      uint4 window[kWindow];
+#pragma unroll
+      for (int i = 0; i < kWindow; i++)
+        window[i] = *reinterpret_cast<const uint4*>(stage + (window_place[i / 3] ^ sub * 64) + i % 3 * kLine);
+      auto weights_of = [&](int n) {
+        return *reinterpret_cast<const uint4*>(stage + (weight_place ^ sub * 64) + n * (8 * kLine));
+      };
+      uint32_t u[kGroupTokens][4];
+      uint4 w[kTiles];
+#pragma unroll
+      for (int h = 0; h < 4; h++) {  // 2 channels of a lane
+        const float4* taps = reinterpret_cast<const float4*>(stage + Traits::kTaps) + dir * kDepth + sub * 32 + q;
+        const float4 w0 = taps[8 * h], w1 = taps[8 * h + 4];
+        const float2 b =
+            *(reinterpret_cast<const float2*>(stage + Traits::kBias) + dir * (kDepth / 2) + sub * 16 + 4 * q + h);
+        float2 v[kWindow];
+#pragma unroll
+        for (int i = 0; i < kWindow; i++) v[i] = Pair<T>::unpack(reinterpret_cast<const uint32_t*>(&window[i])[h]);
+#pragma unroll
+        for (int t = 0; t < kGroupTokens; t++) {
+          const float s0 =
+              fmaf(w0.x, v[t].x, fmaf(w0.y, v[t + 1].x, fmaf(w0.z, v[t + 2].x, fmaf(w0.w, v[t + 3].x, b.x))));
+          const float s1 =
+              fmaf(w1.x, v[t].y, fmaf(w1.y, v[t + 1].y, fmaf(w1.z, v[t + 2].y, fmaf(w1.w, v[t + 3].y, b.y))));
+          u[t][h] = Pair<T>::pack(silu_of_half(s0), silu_of_half(s1));
+        }
+        if (Traits::kEarly && h == 1)  // the first k-step's products beside the other channels' conv
+#pragma unroll
+          for (int n = 0; n < kTiles; n++) {
+            w[n] = weights_of(n);
+#pragma unroll
+            for (int m = 0; m < 3; m++) product(acc[m][n], u, m, 0, w[n]);
+          }
+      }
+#pragma unroll
+      for (int n = 0; n < kTiles; n++) {
+        if (!Traits::kEarly) w[n] = weights_of(n);
+#pragma unroll
+        for (int m = 0; m < 3; m++) {
+          if (!Traits::kEarly) product(acc[m][n], u, m, 0, w[n]);
+          product(acc[m][n], u, m, 1, w[n]);
+        }
+      }
+    }
+  }
+
+  // Through shared memory, to be written in rows.
+  copy_async_wait<0>();
+  __syncthreads();
+  unsigned char* const outputs = shared + warp * (kWarpTokens * Traits::kOutPitch);
+#pragma unroll
+  for (int m = 0; m < 3; m++)
+#pragma unroll
+    for (int t = 0; t < 2; t++)
+#pragma unroll
+      for (int n = 0; n < kTiles; n++)
+        *reinterpret_cast<uint32_t*>(outputs + (kGroupTokens * g + 2 * m + t) * Traits::kOutPitch + 16 * n + 4 * q) =
+            Pair<T>::pack(acc[m][n][2 * t], acc[m][n][2 * t + 1]);
+  __syncwarp();
+  T* const out = static_cast<T*>(p.x_dbl) + static_cast<int64_t>(dir) * p.batch * L * row;
+#pragma unroll 4
+  for (int i = lane; i < kWarpTokens * kTiles; i += 32) {
+    const int t = i / kTiles, column = i % kTiles;
+    const int token = token_table[kHalo + kWarpTokens * span + t];
+    if (token < 0 || 8 * column >= row) continue;
+    *reinterpret_cast<uint4*>(out + static_cast<int64_t>(token) * row + 8 * column) =
+        *reinterpret_cast<const uint4*>(outputs + t * Traits::kOutPitch + 16 * column);
+  }
+}
+
+template <typename T, int kTiles>
+cudaError_t launch(const ConvXProjParams& p, cudaStream_t stream) {
+  using Traits = WideTraits<T, kTiles>;
+  const int64_t groups = static_cast<int64_t>(p.batch) * ((p.seqlen + kGroupTokens - 1) / kGroupTokens);
+  const int64_t tiles = (groups * kGroupTokens + Traits::kTokens - 1) / Traits::kTokens;
+  if (groups * kGroupTokens > INT_MAX - Traits::kTokens) return cudaErrorInvalidValue;
+  if (p.d_inner % kDepth != 0 || static_cast<int64_t>(p.batch) * p.seqlen * (p.d_inner / 4) > INT_MAX)
+    return cudaErrorInvalidConfiguration;
+  if (Traits::kBytes > shared_bytes_of_device()) return cudaErrorInvalidConfiguration;
+  const cudaError_t status = allow_shared<wide_kernel<Traits>>(Traits::kBytes);
+  if (status != cudaSuccess) return status;
+  // Not launch_dependent: see conv_xproj_many.cu.
+  wide_kernel<Traits><<<static_cast<unsigned>(tiles), Traits::kThreads, Traits::kBytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <typename T>
+cudaError_t dispatch(const ConvXProjParams& p, cudaStream_t stream) {
+  if (p.row <= 48) return launch<T, 6>(p, stream);   // ViM-Ti
+  if (p.row <= 56) return launch<T, 7>(p, stream);   // ViM-S
+  if (p.row <= 80) return launch<T, 10>(p, stream);  // ViM-B
+  return cudaErrorInvalidConfiguration;  // more would not fit into registers
+}
+
+}  // namespace
+
+bool conv_xproj_wide_supported(int32_t d_inner, int32_t row) { return d_inner % kDepth == 0 && row <= 80; }
+
+cudaError_t conv_xproj_wide(const ConvXProjParams& p, cudaStream_t stream) {
+  switch (p.type) {
+    case DataType::kFloat16: return dispatch<__half>(p, stream);
+    case DataType::kBFloat16: return dispatch<__nv_bfloat16>(p, stream);
+    case DataType::kFloat32: break;
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace stm
