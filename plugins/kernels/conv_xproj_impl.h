@@ -11,7 +11,7 @@ cudaError_t conv_xproj_tensor_core(const ConvXProjParams& p, cudaStream_t stream
 
 // How the tensor-core tactic lays its work out. Tests and timings name a shape; otherwise tokens and the card choose.
 // kFew*: 16 tokens a block, or a cluster of 2, 4, 8 blocks (sm_90). kSplit*: 8, 4 or 2 warps share the channels of 48
-// tokens. kWide: 96 tokens, both directions, in a block (d_inner a multiple of 64, row <= 80). kMany: 32 tokens a warp.
+// tokens. kWide: 96 or 64 tokens, both directions, in a block (d_inner a multiple of 64, row <= 80). kMany: 32 tokens a warp.
 enum class ConvXProjShape { kFew, kFewCluster2, kFewCluster4, kFewCluster8, kSplit8, kSplit4, kSplit2, kMany, kWide };
 constexpr int kConvXProjShapes = 9;
 ConvXProjShape conv_xproj_shape(const ConvXProjParams& p);

@@ -10,9 +10,9 @@
 namespace stm {
 namespace {
 
-// A lane group (four lanes) owns 6 consecutive tokens of one image, a warp 48. Images are padded to a multiple of 6, so
-// that an image's edge lies only between groups.
-constexpr int kGroupTokens = 6, kWarpTokens = 8 * kGroupTokens, kHalo = 3, kWindow = kGroupTokens + kHalo;
+// A lane group (four lanes) owns 6 or 4 consecutive tokens of one image, a warp 48 or 32, a block 96 or 64. Images are
+// padded to a multiple of 6 or 4, so that an image's edge lies only between groups.
+constexpr int kLongGroup = 6, kShortGroup = 4, kHalo = 3;
 constexpr int kDepth = 64;  // channels of a stage: rows of 128 bytes
 constexpr int kLine = 128;
 
@@ -21,12 +21,12 @@ struct WideTraits {
   using T = T_;
   static constexpr int kTiles = kTiles_;  // of 8 outputs: row <= 8 kTiles
   static constexpr int kLeastRow = kTiles > 7 ? 64 : kTiles > 6 ? 56 : 8;
-  static constexpr int kSpans = 2;  // of 48 tokens in a block; a warp for each span and direction
+  static constexpr int kSpans = 2;  // of 8 groups in a block; a warp for each span and direction
+  static constexpr int kGroups = 8 * kSpans;
   static constexpr int kWarps = 2 * kSpans, kThreads = 32 * kWarps;
   static constexpr int kBlocksPerSM = 2;  // one block of twice the size is 2 to 9 % slower, where it divides the tokens as well
   static constexpr int kStages = 3;
-  static constexpr bool kEarly = kTiles <= 7;  // registers suffice to keep the weights of two k-steps
-  static constexpr int kTokens = kWarpTokens * kSpans, kRows = kTokens + 2 * kHalo;
+  static constexpr int kRows = kGroups * kLongGroup + 2 * kHalo;  // of x at most
   static constexpr int kOutputs = 16 * kTiles;      // rows of x_proj_weight in a stage, both directions
   static constexpr int kRowsAtOnce = kThreads / 8;  // rows that the block brings in one go, a thread 16 bytes of each
   // A stage, in bytes: x, three rows of zeros, weights, taps and bias of both directions.
@@ -35,23 +35,25 @@ struct WideTraits {
   static constexpr int kStage = kBias + 2 * kDepth * 4;
   static constexpr int kOutPitch = 16 * (kTiles | 1);  // bytes of a token's outputs; odd for the banks
   static constexpr size_t kBytes = kStages * kStage + (kRows * 4 + 15) / 16 * 16;
-  static_assert(kWarps * kWarpTokens * kOutPitch <= kStages * kStage);
+  static_assert(kWarps * 8 * kLongGroup * kOutPitch <= kStages * kStage);
 };
 
 // A row's 16-byte pieces lie in order, or with the two halves exchanged: lanes 0 to 7 read the same half of two rows, of
 // which one is exchanged, so they meet all banks. `odd` is that of the token's group, or of the output.
 __device__ __forceinline__ int piece_place(int piece, int odd) { return (piece ^ (odd << 2)) * 16; }
 
-// Grid (tiles of kTokens padded tokens).
-template <typename Traits>
-__global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void wide_kernel(
-    const __grid_constant__ ConvXProjParams p) {
+// Tile `tile`, of kGroups groups, of the `images` images from `first_image`.
+template <typename Traits, int kGroupTokens>
+__device__ __forceinline__ void wide_tile(const ConvXProjParams& p, int tile, int first_image, int images) {
   using T = typename Traits::T;
-  constexpr int kTiles = Traits::kTiles, kRows = Traits::kRows, kOutputs = Traits::kOutputs;
+  constexpr int kPairs = kGroupTokens / 2, kWindow = kGroupTokens + kHalo, kWarpTokens = 8 * kGroupTokens;
+  constexpr int kRows = Traits::kGroups * kGroupTokens + 2 * kHalo;
+  constexpr bool kEarly = Traits::kTiles * kPairs <= 21;  // registers suffice to keep the weights of two k-steps
+  constexpr int kTiles = Traits::kTiles, kOutputs = Traits::kOutputs;
   constexpr int kThreads = Traits::kThreads, kStages = Traits::kStages, kRowsAtOnce = Traits::kRowsAtOnce;
   constexpr int kXCopies = (kRows + kRowsAtOnce - 1) / kRowsAtOnce;
   constexpr int kWeightCopies = (kOutputs + kRowsAtOnce - 1) / kRowsAtOnce;
-  static_assert(kRows <= 2 * kThreads && kThreads >= 2 * kDepth && kRowsAtOnce % 2 == 0);
+  static_assert(kRows <= Traits::kRows && kThreads >= 2 * kDepth && kRowsAtOnce % 2 == 0);
   extern __shared__ __align__(128) unsigned char shared[];
   int* const token_table = reinterpret_cast<int*>(shared + kStages * Traits::kStage);
 
@@ -59,8 +61,8 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void wide_k
   const int L = p.seqlen, E = p.d_inner, row = p.row, steps = E / kDepth;
   const int dir = warp & 1, span = warp >> 1;
   const unsigned groups_per_image = (L + kGroupTokens - 1) / kGroupTokens;
-  const int groups = p.batch * groups_per_image;
-  const int first_group = blockIdx.x * (Traits::kTokens / kGroupTokens);
+  const int groups = images * groups_per_image;
+  const int first_group = tile * Traits::kGroups;
 
   // What a thread brings: piece `piece` of every kRowsAtOnce-th row.
   const int first_row = tid >> 3, piece = tid & 7;
@@ -118,7 +120,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void wide_k
     const int from_group = r - kHalo + kGroupTokens, group = first_group - 1 + from_group / kGroupTokens;
     const unsigned image = static_cast<unsigned>(max(group, 0)) / groups_per_image;
     const int t = (group - static_cast<int>(image * groups_per_image)) * kGroupTokens + from_group % kGroupTokens;
-    token_table[r] = group >= 0 && group < groups && t < L ? static_cast<int>(image) * L + t : -1;
+    token_table[r] = group >= 0 && group < groups && t < L ? (first_image + static_cast<int>(image)) * L + t : -1;
   }
   if (tid < kStages * (kHalo * kLine / 16))
     *reinterpret_cast<uint4*>(shared + tid / (kHalo * kLine / 16) * Traits::kStage + Traits::kZeros +
@@ -136,8 +138,8 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void wide_k
         *reinterpret_cast<uint4*>(shared + s * Traits::kStage + x_place[i]) = make_uint4(0, 0, 0, 0);
   }
 
-  // The window's nine rows in threes: the last half of the group before, the own group; or the own group, the first half of
-  // the group after. What belongs to another image is read from the rows of zeros.
+  // The window's rows: three of the group before, the own group; or the own group, three of the group after. In three
+  // parts, the first and the last of three rows. What belongs to another image is read from the rows of zeros.
   int window_place[3];
   {
     const int local = 8 * span + g, group = first_group + local;
@@ -145,11 +147,9 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void wide_k
     const bool edge = dir ? in_image + 1 == static_cast<int>(groups_per_image) : in_image == 0;
 #pragma unroll
     for (int k = 0; k < 3; k++) {
-      const int half = 2 * local + k + (dir ? 1 : 0);  // of a group, from the last half of the group before the tile
-      const int from = (half + 1) >> 1;                // group - first_group + 1
-      const bool outside = edge && k == (dir ? 2 : 0);
-      window_place[k] =
-          outside ? Traits::kZeros + q * 16 : half * (kHalo * kLine) + piece_place(q, (from - 1) & 1);
+      const int at = kGroupTokens * local + (dir ? kHalo : 0) + (k == 0 ? 0 : k == 1 ? kHalo : kGroupTokens);
+      const bool other = k == (dir ? 2 : 0);  // rows of another group
+      window_place[k] = (other && edge ? Traits::kZeros : at * kLine) + piece_place(q, (local + other) & 1);
     }
   }
   const int weight_place = Traits::kWeights + (dir * row + g) * kLine + piece_place(q, g & 1);
@@ -165,9 +165,9 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void wide_k
 #pragma unroll
   for (int s = 0; s < kStages - 1; s++) keep_taps(s, first_taps[s]);
 
-  float acc[3][kTiles][4];  // tokens 2m and 2m + 1 of the lane group
+  float acc[kPairs][kTiles][4];  // tokens 2m and 2m + 1 of the lane group
 #pragma unroll
-  for (int m = 0; m < 3; m++)
+  for (int m = 0; m < kPairs; m++)
 #pragma unroll
     for (int n = 0; n < kTiles; n++)
 #pragma unroll
@@ -196,8 +196,11 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void wide_k
     for (int sub = 0; sub < 2; sub++) {  // 32 channels: 8 of a lane, two k-steps
       uint4 window[kWindow];
 #pragma unroll
-      for (int i = 0; i < kWindow; i++)
-        window[i] = *reinterpret_cast<const uint4*>(stage + (window_place[i / 3] ^ sub * 64) + i % 3 * kLine);
+      for (int i = 0; i < kWindow; i++) {
+        const int part = i < kHalo ? 0 : i < kGroupTokens ? 1 : 2;
+        const int row_of_part = i - (part == 0 ? 0 : part == 1 ? kHalo : kGroupTokens);
+        window[i] = *reinterpret_cast<const uint4*>(stage + (window_place[part] ^ sub * 64) + row_of_part * kLine);
+      }
       auto weights_of = [&](int n) {
         return *reinterpret_cast<const uint4*>(stage + (weight_place ^ sub * 64) + n * (8 * kLine));
       };
@@ -220,20 +223,20 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void wide_k
               fmaf(w1.x, v[t].y, fmaf(w1.y, v[t + 1].y, fmaf(w1.z, v[t + 2].y, fmaf(w1.w, v[t + 3].y, b.y))));
           u[t][h] = Pair<T>::pack(silu_of_half(s0), silu_of_half(s1));
         }
-        if (Traits::kEarly && h == 1)  // the first k-step's products beside the other channels' conv
+        if (kEarly && h == 1)  // the first k-step's products beside the other channels' conv
 #pragma unroll
           for (int n = 0; n < kTiles; n++) {
             w[n] = weights_of(n);
 #pragma unroll
-            for (int m = 0; m < 3; m++) product(acc[m][n], u, m, 0, w[n]);
+            for (int m = 0; m < kPairs; m++) product(acc[m][n], u, m, 0, w[n]);
           }
       }
 #pragma unroll
       for (int n = 0; n < kTiles; n++) {
-        if (!Traits::kEarly) w[n] = weights_of(n);
+        if (!kEarly) w[n] = weights_of(n);
 #pragma unroll
-        for (int m = 0; m < 3; m++) {
-          if (!Traits::kEarly) product(acc[m][n], u, m, 0, w[n]);
+        for (int m = 0; m < kPairs; m++) {
+          if (!kEarly) product(acc[m][n], u, m, 0, w[n]);
           product(acc[m][n], u, m, 1, w[n]);
         }
       }
@@ -245,7 +248,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void wide_k
   __syncthreads();
   unsigned char* const outputs = shared + warp * (kWarpTokens * Traits::kOutPitch);
 #pragma unroll
-  for (int m = 0; m < 3; m++)
+  for (int m = 0; m < kPairs; m++)
 #pragma unroll
     for (int t = 0; t < 2; t++)
 #pragma unroll
@@ -264,19 +267,53 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void wide_k
   }
 }
 
+// Grid (tiles of long groups, for the first images; then tiles of short groups).
+template <typename Traits>
+__global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void wide_kernel(
+    const __grid_constant__ ConvXProjParams p, int long_images, int long_tiles) {
+  const int block = blockIdx.x;
+  if (block < long_tiles)
+    wide_tile<Traits, kLongGroup>(p, block, 0, long_images);
+  else
+    wide_tile<Traits, kShortGroup>(p, block - long_tiles, long_images, p.batch - long_images);
+}
+
+struct Division {
+  int64_t long_images, long_tiles, blocks;
+};
+
+// Up to two blocks a multiprocessor, the fullest one sets the time, by its tokens t (as 105 + t for ViM-S on an H100): so
+// the least of 64, 96, 64 + 64, 96 + 64, 96 + 96 that suffices. Blocks are dealt in order, one to each multiprocessor
+// before any gets its second: of 96 + 64 the 96 come first, at most one for each. Beyond that 96: they read weights less
+// often.
+Division division_of(const ConvXProjParams& p, int64_t groups_of_tile, int64_t processors) {
+  const int64_t batch = p.batch;
+  const int64_t in_long = (p.seqlen + kLongGroup - 1) / kLongGroup;
+  const int64_t in_short = (p.seqlen + kShortGroup - 1) / kShortGroup;
+  auto tiles = [&](int64_t images, int64_t groups) { return (images * groups + groups_of_tile - 1) / groups_of_tile; };
+  const int64_t all_long = tiles(batch, in_long), all_short = tiles(batch, in_short);
+  if (all_short <= processors || (all_long > processors && all_short <= 2 * processors)) return {0, 0, all_short};
+  const int64_t images = processors * groups_of_tile / in_long, long_tiles = tiles(images, in_long);
+  if (images < batch) {
+    const int64_t blocks = long_tiles + tiles(batch - images, in_short);
+    if (blocks <= 2 * processors) return {images, long_tiles, blocks};
+  }
+  return {batch, all_long, all_long};
+}
+
 template <typename T, int kTiles>
 cudaError_t launch(const ConvXProjParams& p, cudaStream_t stream) {
   using Traits = WideTraits<T, kTiles>;
-  const int64_t groups = static_cast<int64_t>(p.batch) * ((p.seqlen + kGroupTokens - 1) / kGroupTokens);
-  const int64_t tiles = (groups * kGroupTokens + Traits::kTokens - 1) / Traits::kTokens;
-  if (groups * kGroupTokens > INT_MAX - Traits::kTokens) return cudaErrorInvalidValue;
+  if (static_cast<int64_t>(p.batch) * (p.seqlen + kLongGroup) > INT_MAX - Traits::kRows) return cudaErrorInvalidValue;
   if (p.d_inner % kDepth != 0 || static_cast<int64_t>(p.batch) * p.seqlen * (p.d_inner / 4) > INT_MAX)
     return cudaErrorInvalidConfiguration;
   if (Traits::kBytes > shared_bytes_of_device()) return cudaErrorInvalidConfiguration;
   const cudaError_t status = allow_shared<wide_kernel<Traits>>(Traits::kBytes);
   if (status != cudaSuccess) return status;
+  const Division d = division_of(p, Traits::kGroups, processors_of_device());
   // Not launch_dependent: see conv_xproj_many.cu.
-  wide_kernel<Traits><<<static_cast<unsigned>(tiles), Traits::kThreads, Traits::kBytes, stream>>>(p);
+  wide_kernel<Traits><<<static_cast<unsigned>(d.blocks), Traits::kThreads, Traits::kBytes, stream>>>(
+      p, static_cast<int>(d.long_images), static_cast<int>(d.long_tiles));
   return cudaGetLastError();
 }
 

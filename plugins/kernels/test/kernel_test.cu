@@ -852,6 +852,9 @@ std::vector<Case> conv_cases() {
     cases.push_back(with([&](Case& c) { c.seqlen = L, c.batch = 20000 / L, c.d_inner = 64; }));
   for (int L : {6, 11, 12, 13, 47, 48, 49})  // groups of 6, images that end in the middle of a tile
     cases.push_back(with([&](Case& c) { c.seqlen = L, c.batch = 9, c.d_inner = 64; }));
+  // Wide blocks of an H100: 96 and 64 tokens; the same, two on every processor; 64 twice; 64 once; 96 twice.
+  for (auto [B, L] : {std::pair<int, int>{128, 158}, {106, 197}, {128, 118}, {40, 197}, {128, 197}})
+    cases.push_back(with([&, b = B, l = L](Case& c) { c.batch = b, c.seqlen = l, c.d_inner = 128; }));
   for (int E : {32, 33, 64, 96, 160, 288, 384, 768, 1056})
     cases.push_back(with([&](Case& c) { c.d_inner = E, c.seqlen = 65; }));
   for (int R : {1, 3, 12, 24, 48, 64}) {
@@ -1139,6 +1142,8 @@ void time_all() {
   if (options.only == "conv")
     for (const Model& m : {kModels[0], kModels[2]})
       for (int batch : {2, 4, 16, 32}) time_layer(m.name, m.d_inner, m.dt_rank, batch, 197, DataType::kFloat16);
+  for (const Model& m : kModels)
+    for (int L : {158, 118}) time_layer(m.name, m.d_inner, m.dt_rank, 128, L, DataType::kFloat16);
   for (int L : {577, 788, 4097}) time_layer("S", 768, 24, 1, L, DataType::kFloat16);
   for (int L : {1025, 4097}) time_layer("S", 768, 24, 16, L, DataType::kFloat16);
   for (DataType T : {DataType::kFloat32, DataType::kBFloat16}) time_layer("S", 768, 24, 128, 197, T);
