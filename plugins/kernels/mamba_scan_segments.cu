@@ -356,6 +356,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
   const uint32_t* u_delta = steps.u_delta + 8 * group + g;
   const uint2* B = shared.B[dir][group][0] + lane;
   const uint2* C = shared.C[dir][group][0] + lane;
+  // Only the lane that writes a y reads it: a lane of another column would read beside the write, for nothing.
   auto add_to_y = [&](int i, float4 y_now, const uint32_t (&h)[4], uint2 c2) {
     const float sum[4] = {y_now.x, y_now.y, y_now.z, y_now.w};
     float sums[4];
@@ -372,7 +373,8 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
     float2 step = s_delta[0];
     uint32_t ud = u_delta[0];
     uint2 b2 = B[0], c2 = C[0];
-    float4 y_next = y[0];
+    float4 y_next = {};
+    if (mine) y_next = y[0];
 #pragma unroll
     for (int i = 0; i < kTokens; i++) {
       if (i >= kFirst && (i - kFirst) % kMore == 0 && i >= tokens) break;
@@ -397,7 +399,8 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
       const float4 y_now = y_next;
       if (i + 1 < kTokens) {  // ahead of the store, which the compiler lets no load pass
         step = s_delta[(i + 1) * kStride], ud = u_delta[(i + 1) * kStride], b2 = B[(i + 1) * 32];
-        if (!kKeepStates) c2 = C[(i + 1) * 32], y_next = y[(i + 1) * kStride];
+        if (!kKeepStates) c2 = C[(i + 1) * 32];
+        if (!kKeepStates && mine) y_next = y[(i + 1) * kStride];
       }
       if (!kKeepStates) add_to_y(i, y_now, now, c_now);
     }
@@ -445,7 +448,8 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
     const uint2 h0 = *reinterpret_cast<const uint2*>(&carry.incoming[g][0][4 * q]);
     const uint2 h1 = *reinterpret_cast<const uint2*>(&carry.incoming[g][1][4 * q]);
     const __half2 incoming[4] = {half2_of(h0.x), half2_of(h1.x), half2_of(h0.y), half2_of(h1.y)};
-    float4 y_next = y[0];
+    float4 y_next = {};
+    if (mine) y_next = y[0];
     uint2 c2 = C[0];
 #pragma unroll
     for (int i = 0; i < kTokens; i++) {
@@ -459,7 +463,8 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void segmen
       }
       const uint2 c_now = c2;
       const float4 y_now = y_next;
-      if (i + 1 < kTokens) y_next = y[(i + 1) * kStride], c2 = C[(i + 1) * 32];
+      if (i + 1 < kTokens) c2 = C[(i + 1) * 32];
+      if (i + 1 < kTokens && mine) y_next = y[(i + 1) * kStride];
       add_to_y(i, y_now, v, c_now);
     }
   }
