@@ -61,7 +61,10 @@ esac
 case "$parts" in *" sanitizers "*)
   for tool in memcheck racecheck initcheck synccheck; do
     step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$kernel_test" --quick
-  done ;;
+  done
+  # the kernels in an engine, on the memory that TensorRT gives them
+  step sanitized-export python3 -m exporter export --model vim-t --weights random --batch 1:64:128 --opt-level 1 --no-verify -o "$out/sanitized.engine"
+  step engine-memcheck compute-sanitizer --tool memcheck --error-exitcode 9 python3 -m exporter bench "$out/sanitized.engine" --launch both --rounds 3 --round-ms 1 ;;
 esac
 python3 tests/gpu_table.py "$out" || touch "$out/failed"
 cat "$out/summary.txt"

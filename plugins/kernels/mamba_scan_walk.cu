@@ -15,13 +15,12 @@
 namespace stm {
 namespace {
 
-template <typename T_, int kSteps_, int kTiles_, bool kEndOnly_, bool kMerge_ = false>
+template <typename T_, int kSteps_, int kTiles_, bool kEndOnly_>
 struct WalkTraits {
   using T = T_;
   static constexpr int kSteps = kSteps_;        // of 16 columns of dt_proj's sum: dt_rank <= 16 kSteps
   static constexpr int kTiles = kTiles_;        // m-tiles of 16 channels that a warp walks
   static constexpr bool kEndOnly = kEndOnly_;   // the first of two passes: only what a piece does to the state
-  static constexpr bool kMerge = kMerge_;       // may carry merge weights in its grid
   static constexpr int kStates = 16;
   static constexpr int kChannels = 16 * kTiles; // of a warp
   static constexpr int kOwn = 2 * kTiles;       // of a lane
@@ -186,7 +185,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
   __shared__ Floats meet[2][8];
 
   int block = blockIdx.x;
-  if constexpr (Traits::kMerge) {
+  if constexpr (!Traits::kEndOnly) {
     const int groups = merge_groups(p), weight = block - pieces.weights_at, weights = groups * p.batch;
     if (0 <= weight && weight < weights) {
       using Shared = MergeWeightShared<Traits::kThreads>;
@@ -651,10 +650,9 @@ cudaError_t launch(const MambaScanParams& p, const WalkPlan& plan, cudaStream_t 
   // Beyond one round of resident blocks the short ones fit into the gaps of the last; else they had better start at once.
   if (blocks > int64_t{plan.tiles == 2 ? kWide.resident : kNarrow.resident} * processors_of_device())
     pieces.weights_at = static_cast<int>(std::min<int64_t>(blocks, INT_MAX));
-  if (plan.tiles == 2) return launch_walk<walk_kernel<WalkTraits<T, kSteps, 2, false, true>>>(blocks + weights, stream, p, pieces);
-  // The function that computes merge weights costs a short walk 2 to 5 % even where it is not called.
-  return weights ? launch_walk<walk_kernel<WalkTraits<T, kSteps, 1, false, true>>>(blocks + weights, stream, p, pieces)
-                 : launch_walk<walk_kernel<WalkTraits<T, kSteps, 1, false>>>(blocks, stream, p, pieces);
+  blocks += weights;
+  return plan.tiles == 2 ? launch_walk<walk_kernel<WalkTraits<T, kSteps, 2, false>>>(blocks, stream, p, pieces)
+                         : launch_walk<walk_kernel<WalkTraits<T, kSteps, 1, false>>>(blocks, stream, p, pieces);
 }
 
 template <typename T>
