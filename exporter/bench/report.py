@@ -233,6 +233,17 @@ def plottable(result: BenchResult) -> dict[str, list[tuple[str, dict[str, list[t
     return axes
 
 
+def _apart(ticks: Sequence[float], log: bool, share: float = 0.08) -> list[float]:
+    """The ascending ticks without those whose labels would run into the one before: nearer than `share` of the axis."""
+    place = math.log2 if log else float
+    span = place(ticks[-1]) - place(ticks[0])
+    kept = list(ticks[:1])
+    for tick in ticks[1:]:
+        if place(tick) - place(kept[-1]) >= share * span:
+            kept.append(tick)
+    return kept
+
+
 def draw_plots(result: BenchResult, folder: Path) -> list[Path]:
     """latency-vs-AXIS.png for each axis that varies; bars are the 10th to 90th percentile of rounds. Returns the files made."""
     axes = plottable(result)
@@ -276,7 +287,7 @@ def draw_plots(result: BenchResult, folder: Path) -> list[Path]:
             else:
                 place.invert_xaxis()  # more merging to the right
             place.set_yscale("log")
-            place.set_xticks(ticks)
+            place.set_xticks(_apart(ticks, log=axis != "rate"))
             place.xaxis.set_major_formatter(FuncFormatter(plain))
             place.xaxis.set_minor_formatter(NullFormatter())
             place.yaxis.set_major_formatter(FuncFormatter(plain))

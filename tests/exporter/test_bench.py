@@ -234,6 +234,14 @@ def test_plots_render(tmp_path: Path) -> None:
     assert f"![{'latency vs batch'}](latency-vs-batch.png)" in (tmp_path / "bench.md").read_text()
 
 
+def test_ticks_keep_apart() -> None:
+    from exporter.bench.report import _apart
+
+    assert _apart([59.9, 77.7, 80.2, 100.0], log=False) == [59.9, 77.7, 100.0]
+    assert _apart([1, 8, 32, 128], log=True) == [1, 8, 32, 128]
+    assert _apart([224.0], log=True) == [224.0]
+
+
 def test_only_axes_that_vary_are_drawn() -> None:
     one = result()
     one.measurements = [m for m in one.measurements if m.case.batch == 1 and m.case.rate == "0"]
