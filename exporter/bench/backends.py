@@ -104,10 +104,15 @@ class TorchBackend:
             torch._dynamo.reset()  # a shape beyond dynamo's recompile limit would run eagerly without a word
             call = torch.compile(module, dynamic=False)
         kept: list[Tensor] = []
+        alive: list[Any] = [call, images]  # a CUDA graph has their addresses only, and `run` dies once it is captured
 
         def run() -> None:
             with torch.inference_mode():
                 kept[:] = [call(images)]
+
+        def close() -> None:
+            kept.clear()
+            alive.clear()
 
         def logits() -> Any:
             return kept[0].float().cpu().numpy()
@@ -129,7 +134,7 @@ class TorchBackend:
         memory["activations"] = torch.cuda.max_memory_allocated() - before
         memory["peak"] = sum(memory[key] for key in ("weights", "io", "activations"))
         timed, how, notes = with_launch(run, stream, launch)
-        return Prepared(timed, CudaClock(stream), "cuda", how, self.precision, memory, notes, logits, self.weights, kept.clear)
+        return Prepared(timed, CudaClock(stream), "cuda", how, self.precision, memory, notes, logits, self.weights, close)
 
 
 class OnnxBackend:

@@ -533,3 +533,58 @@ def test_portable_files_are_kept_and_made_anew_for_other_weights(tmp_path: Path,
         next(model.parameters()).add_(1)
     assert Workshop("cpu", folder=tmp_path / "engines").portable(spec).SerializeToString(deterministic=True) != first
     assert len(exported) == 2
+
+
+@pytest.mark.parametrize("launch", ["graph", "plain"])
+def test_what_a_captured_graph_reads_lives_until_it_is_closed(launch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph has addresses only: images that die with `prepare` are memory that its next replay may not read. CUDA stands in."""
+    import contextlib
+    import gc
+    import weakref
+
+    from exporter.bench import backends
+
+    class Sum(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.flatten(1).sum(1, keepdim=True)
+
+    class Made:
+        images: weakref.ref[torch.Tensor]
+
+        def to(self, device: str) -> torch.Tensor:
+            made = torch.ones(2, 3, 8, 8)
+            Made.images = weakref.ref(made)
+            return made
+
+    class Stream:
+        cuda_stream = 0
+
+        def wait_stream(self, other: object) -> None: ...
+
+        def synchronize(self) -> None: ...
+
+    class Graph:
+        def replay(self) -> None: ...
+
+    monkeypatch.setattr(backends, "random_images", lambda batch, size: Made())
+    monkeypatch.setattr(backends, "require_cuda", lambda what: None)
+    for name, stand_in in {
+        "Stream": Stream,
+        "current_stream": Stream,
+        "synchronize": lambda: None,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "memory_allocated": lambda: 0,
+        "max_memory_allocated": lambda: 0,
+        "reset_peak_memory_stats": lambda: None,
+        "CUDAGraph": Graph,
+        "graph": lambda *args, **options: contextlib.nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    prepared = TorchBackend("mamba_ssm", Sum, (8, 8), "cuda", "fp32").prepare(2, launch)
+    gc.collect()
+    assert prepared.launch == launch
+    assert Made.images() is not None
+    prepared.close()
+    del prepared
+    gc.collect()
+    assert Made.images() is None
