@@ -13,13 +13,14 @@ from torch import Tensor
 
 from stm import VimConfig
 from stm.config import ImageSize
-from stm.errors import ConfigError, MissingDependencyError
+from stm.errors import ConfigError
 from stm.optimization import LatencyTable, Optimized, optimize_plan, parse_budget
 from stm.optimization.images import normalised
 from stm.registry import model_config
 
 from .deploy import load_model
 from .evaluation.data import IMAGE_SUFFIXES
+from .evaluation.subjects import require_device
 from .images import load_image, preprocess
 
 if TYPE_CHECKING:
@@ -69,9 +70,7 @@ def search_plan(
         raise ConfigError("give --images or --data, not both")
     if data not in (None, "digits"):
         raise ConfigError(f"--data is {data!r}; only 'digits' can be made here, a folder is given with --images")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise MissingDependencyError("--device cuda: torch sees no GPU here; --device cpu works, slower")
+    device = require_device(device)
     wanted = count or IMAGES[device]
     files = image_files(Path(images), wanted) if images is not None else []
     model = load_model(

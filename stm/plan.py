@@ -65,6 +65,11 @@ class MergePlan:
     def __post_init__(self) -> None:
         _check(self)
 
+    @classmethod
+    def of(cls, config: VimConfig, layers: Mapping[int, tuple[Group, ...]], **fields: Any) -> MergePlan:
+        """A plan for a model's configuration; `fields`: weights, constants, proportional_decay."""
+        return cls(config.name, config.image_size, config.seqlen, config.cls_index, config.depth, layers=layers, **fields)
+
     # --- derived, never stored ---------------------------------------------------------------------------------
 
     def groups(self, layer: int) -> tuple[Group, ...]:
@@ -502,16 +507,7 @@ def make_plan(
                 groups.append(Group(tuple(sorted(positions[:-1])), positions[-1]))
         if groups:
             layers[layer] = tuple(sorted(groups, key=lambda group: group.target))
-    return MergePlan(
-        model=config.name,
-        image_size=config.image_size,
-        seqlen=config.seqlen,
-        cls_index=config.cls_index,
-        depth=config.depth,
-        weights=weights,
-        layers=layers,
-        proportional_decay=proportional_decay,
-    )
+    return MergePlan.of(config, layers, weights=weights, proportional_decay=proportional_decay)
 
 
 def _edge(side: list[int], count: int) -> list[tuple[list[int], int]]:

@@ -18,6 +18,7 @@ from stm.checkpoint import fit_state_dict
 from stm.data import NUM_CLASSES, VARIANTS, DigitPairs
 from stm.errors import ConfigError, PlanError, StmError
 from stm.flops import gflops_true
+from stm.optimization import images as images_module
 from stm.reduction import (
     METHODS,
     Reduction,
@@ -315,8 +316,7 @@ def normalised(images: Tensor, config: VimConfig) -> Tensor:
     x = images.float() / 255
     if tuple(x.shape[2:]) != config.image_size:
         x = torch.nn.functional.interpolate(x, config.image_size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (config.mean, config.std))
-    return (x - mean) / std
+    return images_module.normalised(x, config)
 
 
 def next_smaller(config: VimConfig) -> tuple[VisionMamba | None, str]:

@@ -45,7 +45,10 @@ def require_cuda(what: str) -> None:
 
 
 def captured(run: Callable[[], object], stream: Any) -> Callable[[], object]:
-    """`run` in a CUDA graph; plain runs come first, so that shape changes and tuning happen outside the capture."""
+    """`run` in a CUDA graph; plain runs come first, so that shape changes and tuning happen outside the capture.
+
+    The graph knows addresses only, and the next capture gives back what torch has free: what is returned keeps `run` and all it refers to.
+    """
     with torch.cuda.stream(stream):
         for _ in range(3):
             run()
@@ -53,8 +56,11 @@ def captured(run: Callable[[], object], stream: Any) -> Callable[[], object]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             run()
-    replay: Callable[[], object] = graph.replay
-    return replay
+    return functools.partial(_replay, graph, run)
+
+
+def _replay(graph: Any, run: object) -> None:
+    graph.replay()
 
 
 def with_launch(run: Callable[[], object], stream: Any, launch: str) -> tuple[Callable[[], object], str, list[str]]:
@@ -104,15 +110,10 @@ class TorchBackend:
             torch._dynamo.reset()  # a shape beyond dynamo's recompile limit would run eagerly without a word
             call = torch.compile(module, dynamic=False)
         kept: list[Tensor] = []
-        alive: list[Any] = [call, images]  # a CUDA graph has their addresses only, and `run` dies once it is captured
 
         def run() -> None:
             with torch.inference_mode():
                 kept[:] = [call(images)]
-
-        def close() -> None:
-            kept.clear()
-            alive.clear()
 
         def logits() -> Any:
             return kept[0].float().cpu().numpy()
@@ -134,7 +135,7 @@ class TorchBackend:
         memory["activations"] = torch.cuda.max_memory_allocated() - before
         memory["peak"] = sum(memory[key] for key in ("weights", "io", "activations"))
         timed, how, notes = with_launch(run, stream, launch)
-        return Prepared(timed, CudaClock(stream), "cuda", how, self.precision, memory, notes, logits, self.weights, close)
+        return Prepared(timed, CudaClock(stream), "cuda", how, self.precision, memory, notes, logits, self.weights, kept.clear)
 
 
 class OnnxBackend:

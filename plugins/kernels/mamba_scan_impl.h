@@ -5,7 +5,7 @@
 namespace stm {
 
 // What mamba_scan_tactics asks, too; `supported` is false where the kernel has no path. walk and segments write the merge
-// weights too: the blocks that compute them stand in front of their own.
+// weights too: the blocks that compute them are part of the grid.
 cudaError_t mamba_scan_simple(const MambaScanParams& p, cudaStream_t stream);
 bool mamba_scan_segments_supported(int32_t seqlen, int32_t d_inner, int32_t d_state, int32_t dt_rank, DataType type);
 cudaError_t mamba_scan_segments(const MambaScanParams& p, int32_t processors, cudaStream_t stream);

@@ -13,7 +13,7 @@ from pathlib import Path
 from stm.config import VimConfig
 from stm.errors import ConfigError, PlanError
 from stm.flops import gflops_true
-from stm.plan import MergePlan
+from stm.plan import MergePlan, make_plan
 
 from .layout import fixed_tokens, plan_of
 
@@ -85,7 +85,7 @@ class Budget:
     @property
     def whole(self) -> float:
         """Cost without merging."""
-        return self.cost(_empty(self.config))
+        return self.cost(make_plan(self.config))
 
     def holds(self, plan: MergePlan) -> bool:
         return self.cost(plan) <= self.limit * (1 + 1e-12)
@@ -147,7 +147,3 @@ def parse_budget(text: str, config: VimConfig, table: LatencyTable | None = None
         raise ConfigError(f"--budget {text}: nothing to save, the unmerged model costs {budget.whole:.4g} {budget.unit}; give less")
     budget.least  # noqa: B018  (raises if it cannot be met)
     return budget
-
-
-def _empty(config: VimConfig) -> MergePlan:
-    return MergePlan(config.name, config.image_size, config.seqlen, config.cls_index, config.depth)

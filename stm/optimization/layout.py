@@ -65,17 +65,7 @@ def plan_of(
     Raises:
         PlanError: see `groups_of`.
     """
-    return MergePlan(
-        model=config.name,
-        image_size=config.image_size,
-        seqlen=config.seqlen,
-        cls_index=config.cls_index,
-        depth=config.depth,
-        weights=weights,
-        layers=groups_of(config, leaves),
-        constants=constants,
-        proportional_decay=proportional_decay,
-    )
+    return MergePlan.of(config, groups_of(config, leaves), weights=weights, constants=constants, proportional_decay=proportional_decay)
 
 
 def leaves_of(plan: MergePlan) -> Leaves:

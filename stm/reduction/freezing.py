@@ -54,14 +54,10 @@ def freeze(model: VisionMamba, method: Reduction, images: Iterable[Tensor]) -> M
 
     def plan_so_far() -> MergePlan:
         pairs = {layer: sum(len(group.sources) for group in groups) for layer, groups in layers.items()}
-        return MergePlan(
-            model=config.name,
-            image_size=config.image_size,
-            seqlen=config.seqlen,
-            cls_index=config.cls_index,
-            depth=config.depth,
+        return MergePlan.of(
+            config,
+            layers,
             weights="mean" if method.merges else "constant",
-            layers=layers,
             constants=None if method.merges else {layer: (0.0,) * count for layer, count in pairs.items()},
             proportional_decay=method.aligned,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     path = tmp_path_factory.mktemp("exported") / "vim.onnx"
     export("vim-t", path, weights="random", plan="stm-20", verify_output=False)
     return Exported(path, onnx.load(path), create_model("vim-t", plan="stm-20"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Two OpenMP threads on a busy machine of two cores wait for each other for seconds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def small_model(plan: MergePlan | None = None, **changes: object) -> VisionMamba:

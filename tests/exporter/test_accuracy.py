@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +36,8 @@ from stm.reduction import METHODS, create_reduction, reduction_gflops_true, with
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "accuracy.md"
 TINY = VimConfig("vim-tiny-test", 16, depth=4, d_state=4, image_size=(96, 96), num_classes=100)  # 36 patches
+pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK: dict[str, Any] = {"images": 10, "batch": 5, "device": "cpu", "token_layers": [20], "flops": ["20%"], "variants": ["anywhere"]}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Two OpenMP threads on a busy machine of two cores wait for each other for seconds."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import exporter.bench.workshop as workshop
 from exporter.bench import Method, bench
@@ -16,17 +14,8 @@ from exporter.cli import main
 from exporter.errors import ArtefactError
 from stm import VimConfig
 
-pytestmark = pytest.mark.usefixtures("tiny_vim_t")
+pytestmark = pytest.mark.usefixtures("tiny_vim_t", "one_thread")
 QUICK = ["--rounds", "3", "--round-ms", "5", "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Two OpenMP threads on a busy machine of two cores wait for each other for seconds."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
