@@ -4,7 +4,7 @@
 #   usage: tests/gpu.sh [OUT]        OUT: folder for logs and rows.jsonl (default build/gpu)
 #   TENSORRT_INCLUDE_DIR: TensorRT's headers.  STM_GPU_PARTS: what to run (default "engines accuracy soak latency
 #   reductions bench kernels sanitizers"; STM_GPU_REDUCTIONS: which methods).  STM_GPU_SOAK_SECONDS: how long the soaks last (default 60)
-# Parity and build tests run in a dozen processes at once; what is timed or watches memory runs alone, after them.
+# Parity and build tests run in a dozen processes at once; what is timed runs alone, after them.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "${1:-build/gpu}" && cd "${1:-build/gpu}" && pwd)
@@ -47,7 +47,7 @@ case "$parts" in *" engines "*)
 esac
 case "$parts" in *" accuracy "*) step accuracy gpu_tests tests/gpu/test_scan_accuracy.py & ;; esac
 wait
-case "$parts" in *" soak "*)  # alone: the card's free memory is compared before and after
+case "$parts" in *" soak "*)
   STM_GPU_MODELS=vim-t STM_GPU_RATES=0.2 step soak gpu_tests tests/gpu/test_soak.py
   step kernel-soak "$kernel_test" --soak "${STM_GPU_SOAK_SECONDS:-60}" ;;
 esac

@@ -53,7 +53,7 @@ class Recipe:
 
 RECIPES = {
     "vim-n": Recipe("vim-n", steps=18_000, batch=256, lr=2e-3),
-    "vim-t": Recipe("vim-t", steps=16_000, batch=256, lr=1e-3),
+    "vim-t": Recipe("vim-t", steps=3_000, batch=256, lr=1e-3, warmup=300, ramp=(600, 1800)),
     # Two layers on the same images: for tests, on a CPU.
     "toy": Recipe("toy", steps=8, batch=4, lr=1e-3, warmup=4),
 }
