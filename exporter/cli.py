@@ -14,7 +14,7 @@ from stm.errors import ConfigError, StmError
 
 # Nothing heavy is imported here: `stm --help` answers at once. torch, onnx and the rest come with the verbs.
 
-_EPILOG = """exit codes: 0 ok, 2 usage, 3 missing dependency, network or GPU, 4 export failed, 5 build failed, 6 plugin missing or
+_EPILOG = """exit codes: 0 ok, 2 usage, 3 missing dependency, network or GPU, 4 export failed, 5 build failed, 6 plugin refused or
 node not taken, 7 parity failed, 8 performance gate failed, 9 artefact mismatch"""
 
 
@@ -151,16 +151,20 @@ def _build_options(args: argparse.Namespace) -> Any:
     if Path(args.output).suffix not in ENGINE_SUFFIXES:
         if args.batch or any(shapes):
             raise ConfigError(f"--batch and --*Shapes belong to engines; {args.output} has a dynamic batch of any size")
+        names = ("timing_cache", "workspace", "version_compatible", "hardware_compatible", "embed_plugins", "refit", "tf32", "plugin_library")
+        if idle := ["--" + name.replace("_", "-") for name in names if getattr(args, name)]:
+            raise ConfigError(f"{', '.join(idle)}: belongs to engines; {args.output} is none")
         return None
     if args.batch and any(shapes):
         raise ConfigError("give --batch or --minShapes/--optShapes/--maxShapes, not both")
     size = args.image_size if isinstance(args.image_size, tuple) else (args.image_size, args.image_size)
+    batch = BatchProfile.parse(args.batch) if args.batch else BatchProfile.from_shapes(*shapes, size)  # told before what is missing here
     if args.timing_cache == "none":
         cache = None
     else:
         cache = Path(args.timing_cache) if args.timing_cache else default_timing_cache()
     return BuildOptions(
-        batch=BatchProfile.parse(args.batch) if args.batch else BatchProfile.from_shapes(*shapes, size),
+        batch=batch,
         timing_cache=cache,
         workspace_bytes=args.workspace * 1024 * 1024 if args.workspace else None,
         opt_level=args.opt_level,

@@ -15,7 +15,7 @@ from stm.config import ImageSize
 from stm.plan import resolve_plan
 from stm.reduction import ReducedVim, Reduction, parse_reduction, with_reduction
 
-from .engine import BuildOptions, build_engine, deserialize, make_sidecar, process, require_gpu, require_tensorrt, sidecar_path
+from .engine import BuildOptions, build_engine, deserialize, make_sidecar, process, require_gpu, require_tensorrt, require_torch_gpu, sidecar_path
 from .engine_parity import engine_latency, verify_engine
 from .errors import ParityError
 from .files import Staging, check_writable
@@ -191,6 +191,7 @@ def export(
     if engine:
         require_tensorrt()
         require_gpu()
+        require_torch_gpu()
         load_plugin(plugin_library)
     target = output / "model.onnx" if whole else output
     reference = output / "reference" if whole else reference_folder(output)

@@ -25,6 +25,7 @@ OK, MISSING, PROBLEM = "ok", "missing", "problem"
 MIN_TENSORRT = (10, 6)
 EXPORT_NEEDS = ("torch", "onnx", "onnxscript", "onnxruntime", "polygraphy")
 _DRIVER = "Engines need an NVIDIA driver and GPU; in a container: `docker run --gpus all`."
+_TORCH = "torch on the GPU"
 _LOW_DISK_BYTES = 2 << 30
 
 
@@ -92,6 +93,7 @@ def doctor() -> Report:
     rows += tensorrt_rows
     machine = gpus.driver()
     rows += _gpu_rows(machine)
+    rows += _torch_rows(machine)
     report.gpus = [{**asdict(gpu), "sm": gpu.sm} for gpu in machine.gpus]
     library, plugin_rows = _plugin(trt)
     rows += plugin_rows
@@ -167,6 +169,18 @@ def _gpu_rows(machine: gpus.Driver) -> list[Row]:
         return [Row("driver", PROBLEM if machine.version else MISSING, f"{machine.version} {machine.problem}".strip(), _DRIVER)]
     rows = [Row("driver", OK, f"{machine.version or 'version unknown'}, runs CUDA up to {machine.cuda}")]
     return rows + [Row(f"GPU {gpu.index}", OK, str(gpu)) for gpu in machine.gpus]
+
+
+def _torch_rows(machine: gpus.Driver) -> list[Row]:
+    """Can torch use the GPU? Told from versions: asking torch would start CUDA. An engine is compared with PyTorch there."""
+    torch, _ = _try("torch")
+    if torch is None or not machine.gpus:
+        return []
+    built = torch.version.cuda
+    if built and machine.cuda and int(built.split(".")[0]) <= int(machine.cuda.split(".")[0]):
+        return [Row(_TORCH, OK, f"built for CUDA {built}")]
+    value = f"built for CUDA {built}, the driver runs CUDA up to {machine.cuda or 'unknown'}" if built else "a CPU build"
+    return [Row(_TORCH, PROBLEM, value, "Install a torch for this driver (https://pytorch.org/get-started/locally), or a newer driver.")]
 
 
 def _plugin(trt: Any) -> tuple[libraries.PluginLibrary | None, list[Row]]:
@@ -260,7 +274,9 @@ def _abilities(rows: list[Row], trt: Any, machine: gpus.Driver) -> list[Ability]
     run = (["TensorRT"] if trt is None else []) + gpu + plugin
     full = trt is not None and hasattr(trt, "Builder")
     surgery = [] if status.get("onnx-graphsurgeon") == OK else ["onnx-graphsurgeon"]
-    build = ([] if full else ["TensorRT with its builder"]) + gpu + plugin + export + surgery
+    torch = [] if status.get(_TORCH, OK) == OK else ["a torch that runs on the GPU"]
+    build = ([] if full else ["TensorRT with its builder"]) + gpu + plugin + export + torch + surgery
+    torch += [] if status.get("torch") == OK else ["torch"]
     onnx_sample = [name for name in ("onnxruntime",) if status.get(name) != OK]
     tools = [name for name in ("cmake", "C++ compiler", "TensorRT headers") if status.get(name) != OK]
     return [
@@ -268,6 +284,6 @@ def _abilities(rows: list[Row], trt: Any, machine: gpus.Driver) -> list[Ability]
         ability("build engine", build),
         ability("run engine", run),
         ability("samples, ONNX", onnx_sample),
-        ability("samples, Python engine", run),
+        ability("samples, Python engine", run + torch),
         ability("samples, C++ engine", run + tools),
     ]

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,12 +24,13 @@ import onnx
 
 from stm.errors import ConfigError, MissingDependencyError
 
-from .errors import ArtefactError, BuildError, PluginError
-from .files import written_aside
+from .errors import ArtefactError, BuildError, ExportError, PluginError
+from .files import check_writable, written_aside
 from .gpus import Gpu, driver
-from .libraries import load_plugin, tensorrt_module
+from .libraries import PluginLibrary, SmCoverage, check_gpu_covered, load_plugin, tensorrt_module
 from .op_schema import INPUT, OUTPUT
 from .passes.tensorrt import plugin_nodes
+from .tolerances import TOLERANCES
 
 SIDECAR_SCHEMA = 1
 _WITHOUT = "What works here: `stm-export -o vim.onnx` (portable ONNX, verified on the CPU), `stm plan`, `stm inspect`."
@@ -50,7 +52,7 @@ class BatchProfile:
     def parse(cls, text: str) -> BatchProfile:
         """`8` (fixed), `1:8:128`, or trtexec's `images:1x3x224x224` triple joined by commas is read by `from_shapes`."""
         parts = text.split(":")
-        if len(parts) not in (1, 3) or not all(part.isdigit() for part in parts):
+        if len(parts) not in (1, 3) or not all(part.isdecimal() for part in parts):
             raise ConfigError(f"batch {text!r}: give N or MIN:OPT:MAX, for example 1:8:128")
         numbers = [int(part) for part in parts]
         return cls(*(numbers * 3 if len(numbers) == 1 else numbers))
@@ -62,25 +64,32 @@ class BatchProfile:
             return cls()
         batches = [None if text is None else _shape_batch(text, image_size) for text in (low, best, high)]
         known = [batch for batch in batches if batch is not None]
-        least, most = batches[0] or min(known), batches[2] or max(known)
-        return cls(least, batches[1] or most, most)
+        least, best_batch, most = batches
+        least, most = min(known) if least is None else least, max(known) if most is None else most
+        return cls(least, most if best_batch is None else best_batch, most)
 
 
 def _shape_batch(text: str, image_size: tuple[int, int]) -> int:
     name, _, shape = text.rpartition(":")
     dims = shape.split("x")
-    if name not in ("", INPUT) or len(dims) != 4 or not all(dim.isdigit() for dim in dims):
+    if name not in ("", INPUT) or len(dims) != 4 or not all(dim.isdecimal() for dim in dims):
         raise ConfigError(f"shape {text!r}: give {INPUT}:Nx3x{image_size[0]}x{image_size[1]}, as trtexec does")
     if [int(dim) for dim in dims[1:]] != [3, *image_size]:
         raise ConfigError(f"shape {text!r}: only the batch is dynamic; the rest is 3x{image_size[0]}x{image_size[1]}, fixed at export")
     return int(dims[0])
 
 
-def default_timing_cache() -> Path:
-    """One timing cache a user, TensorRT version and GPU; XDG_CACHE_HOME is honoured."""
-    trt = require_tensorrt()
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "stm" / f"timing-trt{trt.__version__}-sm{gpu()['sm']}.cache"
+def default_timing_cache() -> Path | None:
+    """One timing cache a user, TensorRT version and GPU; XDG_CACHE_HOME is honoured. None, with a warning, where it cannot be
+    written: a container's user often has no home, and a build needs no cache."""
+    name = f"timing-trt{require_tensorrt().__version__}-sm{gpu()['sm']}.cache"
+    try:
+        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stm" / name
+        check_writable(path)
+    except (ExportError, RuntimeError) as error:  # RuntimeError: there is no home
+        warnings.warn(f"no timing cache ({error}): later builds will not be faster. Name a file: --timing-cache FILE", stacklevel=2)
+        return None
+    return path
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,31 @@ def require_gpu() -> Gpu:
     if not found.gpus:
         raise MissingDependencyError(f"engines are built and run on a GPU: {found.problem}. {_WITHOUT}")
     return found.gpus[0]
+
+
+def require_torch_gpu() -> None:
+    """Ask before a build whether torch can use the GPU: parity against PyTorch and the timing of an engine need it.
+
+    Raises:
+        MissingDependencyError: torch is a CPU build, or built for a newer CUDA than the driver runs; names both.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        raise MissingDependencyError(
+            f"PyTorch, the reference of parity, cannot use the GPU: torch {torch.__version__} is {built}, the driver runs CUDA up to "
+            f"{driver(with_version=False).cuda or 'unknown'}. Install a torch for this driver (pytorch.org/get-started/locally), or a newer driver. "
+            f"An engine that exists runs without: `stm verify x.engine --reference DIR`."
+        )
+
+
+def _plugin_for(device: Gpu, path: str | Path | None) -> PluginLibrary:
+    """`load_plugin`, and refuse a library without code for this GPU; one that does not say what it has is believed."""
+    library = load_plugin(path)
+    if library.coverage != SmCoverage(frozenset(), frozenset()):
+        check_gpu_covered(library, device.compute_capability, device.name)
+    return library
 
 
 def gpu() -> dict[str, str]:
@@ -236,13 +270,15 @@ def build_engine(
 
     Raises:
         MissingDependencyError: no TensorRT, GPU or plugin library.
-        PluginError: the parser did not find the plugin, or a node that is ours is run by something else.
+        PluginError: the plugin has no code for this GPU, the parser did not find it, or a node that is ours is run by something else.
+        ExportError: the timing cache cannot be written.
         BuildError: TensorRT refuses; its messages are quoted.
     """
     owner = process()
     trt = owner.trt
-    require_gpu()
-    library = load_plugin(plugin_library)
+    library = _plugin_for(require_gpu(), plugin_library)
+    if options.timing_cache is not None:
+        check_writable(options.timing_cache)  # not after minutes of building
     owner.logger.lines.clear()
     start = time.perf_counter()
     builder = owner.builder
@@ -419,6 +455,21 @@ def make_sidecar(model: onnx.ModelProto, blob: bytes, options: BuildOptions, inf
     }
 
 
+_SIDECAR_FIELDS: dict[str, tuple[Any, bool]] = {  # what is read of it: its type, and whether it may be absent
+    **dict.fromkeys(("model", "precision", "tensorrt", "engine_sha256", "weights_sha256"), (str, False)),
+    **dict.fromkeys(("normalization", "gpu", "batch"), (dict, False)),
+    "image_size": (list, False),
+    "num_classes": (int, False),
+    "plan": ((dict, type(None)), False),
+    "weights": (str, True),
+    "weights_random": (bool, True),
+    "seed": ((int, type(None)), True),
+    "build": (dict, True),
+    **dict.fromkeys(("plugin", "reduction"), ((dict, type(None)), True)),
+    "classes": ((list, type(None)), True),
+}
+
+
 def read_sidecar(engine: Path) -> dict[str, Any]:
     """Read and check `ENGINE.json`.
 
@@ -439,21 +490,20 @@ def read_sidecar(engine: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("schema") != SIDECAR_SCHEMA or data.get("kind") != "engine":
         found = data.get("schema") if isinstance(data, dict) else type(data).__name__
         raise ArtefactError(f"{path}: schema is {found!r}, this version reads {SIDECAR_SCHEMA}; build the engine again")
-    needed = (
-        "model",
-        "precision",
-        "image_size",
-        "normalization",
-        "num_classes",
-        "tensorrt",
-        "gpu",
-        "engine_sha256",
-        "batch",
-        "weights_sha256",
-        "plan",
-    )
-    if missing := [key for key in needed if key not in data]:
+    if missing := [key for key, (_, optional) in _SIDECAR_FIELDS.items() if key not in data and not optional]:
         raise ArtefactError(f"{path} lacks {', '.join(missing)}; build the engine again")
+    for key, (kind, _) in _SIDECAR_FIELDS.items():
+        if key in data and not (isinstance(data[key], kind) and (kind is not int or type(data[key]) is int)):
+            raise ArtefactError(f"{path}: {key} is {str(data[key])[:40]!r}, which no engine of ours has; build the engine again")
+    try:
+        numbers, texts = [data["batch"][key] for key in ("min", "opt", "max")], [data["gpu"][key] for key in ("name", "sm")]
+        sides = data["image_size"]
+        sound = len(sides) == 2 and min(sides) > 0 and all(type(n) is int for n in numbers + sides) and all(isinstance(t, str) for t in texts)
+        BatchProfile(*numbers)
+    except (TypeError, KeyError, ConfigError):
+        sound = False
+    if not sound or data["precision"] not in TOLERANCES:
+        raise ArtefactError(f"{path}: batch, image_size, gpu or precision is damaged; build the engine again")
     return data
 
 
@@ -496,10 +546,10 @@ def load_engine(engine: str | Path, plugin_library: str | Path | None = None) ->
         raise ArtefactError(f"no engine {path}")
     sidecar = read_sidecar(path)
     owner = process()
-    require_gpu()
+    device = require_gpu()
     blob = path.read_bytes()
     check_fits_machine(path, sidecar, blob, owner.trt.__version__, gpu())
     build = sidecar.get("build") or {}
     if not (sidecar.get("plugin") or {}).get("embedded"):
-        load_plugin(plugin_library)
+        _plugin_for(device, plugin_library)
     return deserialize(owner, blob, host_code=bool(build.get("version_compatible"))), sidecar

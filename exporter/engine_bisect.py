@@ -50,5 +50,5 @@ def first_deviation_on_engine(
     names = [name for name in comparable_tensors(lowered, model) if name != "head"]
     marked = with_inner_outputs(lowered, names)
     blob, _ = build_engine(marked, replace(options, opt_level=min(options.opt_level, 1)), plugin_library=plugin_library)
-    runner = tensorrt_runner(deserialize(process(), blob))
+    runner = tensorrt_runner(deserialize(process(), blob, options.version_compatible))
     return deviating_tensor(runner, model, names, {name: name + _SUFFIX for name in names}, inputs, tolerance(precision).tensor_error)

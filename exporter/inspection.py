@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from stm import ConfigError, MergePlan, StmError, load_checkpoint, model_config, plan_summary
-from stm.checkpoint import file_sha256
-from stm.registry import list_models, model_entry
+from stm.errors import ConfigError, MissingDependencyError, StmError
 
 from .errors import ArtefactError
 from .file_metadata import load_onnx, parse_metadata
@@ -71,11 +70,11 @@ def _inspect_onnx(path: Path) -> dict[str, Any]:
 
 def _inspect_engine(path: Path) -> dict[str, Any]:
     """The sidecar, whether the file is the one it speaks of, and the layers where TensorRT and a GPU are here."""
-    from .engine import engine_layers, load_engine, process, read_sidecar
+    from .engine import engine_layers, load_engine, process, read_sidecar  # nothing here needs torch: an engine's machine often has none
 
     sidecar = read_sidecar(path)
     found: dict[str, Any] = {"kind": "engine", "file": str(path), "bytes": path.stat().st_size}
-    found["matches_sidecar"] = file_sha256(path) == sidecar["engine_sha256"]
+    found["matches_sidecar"] = hashlib.sha256(path.read_bytes()).hexdigest() == sidecar["engine_sha256"]
     found |= {key: value for key, value in sidecar.items() if key not in ("schema", "kind", "plan", "classes")}
     found["classes"] = len(sidecar["classes"]) if sidecar.get("classes") else None
     try:
@@ -91,6 +90,9 @@ def _inspect_engine(path: Path) -> dict[str, Any]:
 
 
 def _inspect_plan(path: Path) -> dict[str, Any]:
+    from stm import MergePlan, model_config, plan_summary
+    from stm.registry import list_models
+
     plan = MergePlan.load(path)
     described: dict[str, Any] = {"kind": "plan", "file": str(path), "proportional_decay": plan.proportional_decay, "depth": plan.depth}
     if plan.model in list_models():
@@ -102,6 +104,11 @@ def _inspect_plan(path: Path) -> dict[str, Any]:
 
 
 def _inspect_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        from stm import load_checkpoint
+        from stm.registry import list_models, model_entry
+    except ImportError as error:
+        raise MissingDependencyError(f"reading weights needs PyTorch ({error}): pip install torch") from None
     try:
         loaded = load_checkpoint(path)
     except Exception as error:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from .engine import BatchProfile, BuildOptions, load_engine
-from .errors import ArtefactError
+from stm.errors import ConfigError, MissingDependencyError, StmError
+
+from .engine import BatchProfile, BuildOptions, load_engine, require_torch_gpu
+from .errors import ArtefactError, ParityError
 from .file_metadata import read_metadata
 from .images import parity_inputs
 from .parity import ParityReport, judge_against, load_reference, verify
@@ -31,8 +34,11 @@ def verify_file(
     from the file's metadata: random weights from their seed, others from `checkpoint`.
 
     Raises:
-        ArtefactError: the weights are not those the file was made from; names both hashes.
+        ArtefactError: the weights are not those the file was made from, or the reference is another file's; names both.
+        MissingDependencyError: no torch to rebuild the model with.
     """
+    if reference is not None and (idle := [name for name, value in (("--checkpoint", checkpoint), ("--ema", ema), ("--bisect", bisect)) if value]):
+        raise ConfigError(f"{', '.join(idle)}: --reference compares with saved outputs and rebuilds no model; give one or the other")
     path = Path(path)
     engine = path.suffix in (".engine", ".plan")
     if engine:
@@ -43,8 +49,22 @@ def verify_file(
     precision = meta["precision"]
     if reference is not None:
         feeds, wanted = load_reference(Path(reference))
-        return judge_against(runner, feeds, wanted, precision, f"saved outputs in {reference}")
+        _check_reference_fits(path, Path(reference), feeds, meta)
+        try:
+            return judge_against(runner, feeds, wanted, precision, f"saved outputs in {reference}")
+        except StmError:
+            raise
+        except Exception as error:
+            raise ParityError(f"{runner.name} cannot run {path}: {str(error).strip()[:400]}") from error
 
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"comparing with PyTorch needs it ({error}): pip install torch. Without it, compare with saved outputs: --reference DIR"
+        ) from None
+    if engine:
+        require_torch_gpu()
     from stm import MergePlan, create_model, state_dict_sha256
 
     from .engine_parity import profile_batches, verify_engine
@@ -84,3 +104,16 @@ def verify_file(
     config = model.config
     feeds = parity_inputs(config.image_size, config.mean, config.std, profile_batches(options.batch, tuple(batches)))
     return verify_engine(loaded, lowered, model, precision, options, feeds=feeds, bisect=bisect, plugin_library=plugin_library)
+
+
+def _check_reference_fits(path: Path, reference: Path, feeds: Sequence[Any], meta: dict[str, Any]) -> None:
+    """Refuse inputs of another image size, or of batches that an engine does not take."""
+    height, width = meta["image_size"]
+    for feed in feeds:
+        if tuple(feed.shape[1:]) != (3, height, width):
+            raise ArtefactError(f"{reference} holds inputs of shape {tuple(feed.shape)}, {path} takes (batch, 3, {height}, {width}): another file's")
+        batch = meta.get("batch")
+        if batch and not batch["min"] <= len(feed) <= batch["max"]:
+            raise ArtefactError(
+                f"{reference} holds a batch of {len(feed)}, {path} takes {batch['min']} to {batch['max']}: give the reference that was made with it"
+            )

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .errors import ShapeError
 
-_CHUNK_ELEMENTS = 4_000_000
-"""Bound on (tokens x batch x d_inner x d_state) held at once; 16 MB in float32, the size of a last-level cache."""
+_CHUNK_ELEMENTS = 1_000_000
+"""Bound on (tokens x batch x d_inner x d_state) held at once; 4 MB in float32, of which several must stay in a CPU's cache."""
 
 
 def _check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], axes: str) -> None:

@@ -118,6 +118,7 @@ class Engine {
     const std::vector<char> plan{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
     runtime_.reset(nvinfer1::createInferRuntime(logger_));
     if (!runtime_) throw Error(kNoGpu, "TensorRT cannot start" + logger_.take());
+    runtime_->setEngineHostCodeAllowed(sidecar_.version_compatible);  // such an engine carries the code of a runtime
     engine_.reset(runtime_->deserializeCudaEngine(plan.data(), plan.size()));
     if (!engine_) throw Error(kMismatch, "cannot load " + path + why_refused() + logger_.take());
     check_io(path);

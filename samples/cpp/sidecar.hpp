@@ -25,6 +25,7 @@ struct Sidecar {
   std::string tensorrt, gpu_name, sm;              // what built the engine
   std::string plugin_library;                      // empty: an engine without our plugin
   int32_t kernel_version = 0;
+  bool version_compatible = false;                 // it carries a runtime's code
 };
 
 class SidecarReader {
@@ -84,6 +85,11 @@ class SidecarReader {
       out.kernel_version = in.integer(in.get(plugin, "kernel_version"), "kernel_version", 0, 1 << 30);
     } else if (plugin.type != Json::kNull) {
       in.fail("plugin", "an object or null", plugin.type);
+    }
+    const auto build = root.object.find("build");
+    if (build != root.object.end()) {
+      const auto compatible = build->second.object.find("version_compatible");
+      out.version_compatible = compatible != build->second.object.end() && compatible->second.boolean;
     }
     return out;
   }

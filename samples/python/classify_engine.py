@@ -87,10 +87,13 @@ class Engine:
         try:
             import tensorrt as trt
         except ImportError:
-            raise SampleError(f"no tensorrt; the engine was built with {built[0]}: pip install tensorrt=={built[0].rpartition('.')[0]}", 3) from None
+            raise SampleError(f"no tensorrt; the engine was built with {built[0]}: pip install 'tensorrt=={built[0]}.*'", 3) from None
 
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-        load_plugins(trt, plugin)
+        # A version-compatible engine carries the code of a runtime, and TensorRT asks for leave to run it.
+        self._runtime.engine_host_code_allowed = bool((self.meta.get("build") or {}).get("version_compatible"))
+        if plugin is not None or not (self.meta.get("plugin") or {}).get("embedded"):
+            load_plugins(trt, plugin)
         try:
             self._engine = self._runtime.deserialize_cuda_engine(Path(path).read_bytes())
         except OSError as error:

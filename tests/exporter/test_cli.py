@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +320,37 @@ def test_artefact_mismatch_is_9(made: Path, tmp_path: Path, capsys: pytest.Captu
         out, err = capsys.readouterr()
         assert json.loads(out)["error"] == "ArtefactError"
         assert "Traceback" not in err
+
+
+def test_reference_of_another_file_is_9(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other.onnx"
+    assert export(*RANDOM, "--image-size", "96", "-o", other) == 0
+    assert main(["verify", str(made), "--reference", str(other.with_suffix(".reference"))]) == 9
+    assert "inputs of shape (1, 3, 96, 96)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--bisect"], ["--ema"], ["--checkpoint", "vim.pth"]], ids=lambda option: option[0])
+def test_reference_goes_with_nothing_that_rebuilds_the_model(made: Path, option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(made), "--reference", str(made.with_suffix(".reference")), *option]) == 2
+    assert option[0] in capsys.readouterr().err
+
+
+def test_without_torch_inspect_works_and_verify_says_what_does(made: Path) -> None:
+    block = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] == 'torch': raise ModuleNotFoundError('No module named torch', name='torch')\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "from exporter.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    saved = ["--reference", str(made.with_suffix(".reference"))]
+    for arguments, code, words in ((["inspect"], 0, ""), (["verify"], 3, "--reference DIR"), (["verify", *saved], 0, "")):
+        command = [sys.executable, "-c", block, arguments[0], str(made), *arguments[1:]]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (ran.returncode, words in ran.stderr) == (code, True), ran.stderr
+        assert "Traceback" not in ran.stderr
 
 
 def test_verify_with_the_right_and_the_wrong_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

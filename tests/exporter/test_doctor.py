@@ -7,6 +7,7 @@ import sys
 import types
 
 import pytest
+import torch
 
 from exporter import doctor as doctor_module
 from exporter import gpus, libraries, plugin_build
@@ -27,7 +28,7 @@ LIBRARY = libraries.PluginLibrary(plugin_build.Path("/opt/libstm_trt10.so"), 10,
 def machine(monkeypatch):
     """Sets up a machine; by default one on which everything works."""
 
-    def set_up(tensorrt="10.6.0", builder=True, gpu=(H100,), plugin=LIBRARY, broken=()):
+    def set_up(tensorrt="10.6.0", builder=True, gpu=(H100,), plugin=LIBRARY, broken=(), torch_cuda="13.2"):
         trt = types.SimpleNamespace(__version__=tensorrt, **({"Builder": object} if builder else {}))
 
         def tensorrt_module(name="tensorrt"):
@@ -47,6 +48,7 @@ def machine(monkeypatch):
 
         driver = Driver("580.0", "13.0", tuple(gpu)) if gpu else Driver(problem="no usable NVIDIA driver (libcuda.so.1)")
         monkeypatch.setattr(gpus, "driver", lambda: driver)
+        monkeypatch.setattr(torch.version, "cuda", torch_cuda)
         monkeypatch.setattr(libraries, "tensorrt_module", tensorrt_module)
         monkeypatch.setattr(libraries, "load_plugin", load_plugin)
         monkeypatch.setattr(doctor_module.importlib, "import_module", import_module)
@@ -100,8 +102,10 @@ def test_nothing_but_python_packages(machine):
             {"export .onnx", "build engine", "samples, ONNX"},
         ),
         ({"broken": ("onnx_graphsurgeon",)}, "onnx-graphsurgeon", "undefined symbol", {"build engine"}),
+        ({"torch_cuda": None}, "torch on the GPU", "a CPU build", {"build engine", "samples, Python engine"}),
+        ({"torch_cuda": "14.1"}, "torch on the GPU", "CUDA 14.1, the driver runs CUDA up to 13.0", {"build engine", "samples, Python engine"}),
     ],
-    ids=["old TensorRT", "lean", "other major", "uncovered GPU", "one of two covered", "onnxruntime broken", "surgeon broken"],
+    ids=["old TensorRT", "lean", "other major", "uncovered GPU", "one covered", "onnxruntime broken", "surgeon broken", "CPU torch", "new torch"],
 )
 def test_a_problem_is_told_with_the_mend(machine, change, name, words, lost):
     machine(**change)
@@ -110,7 +114,7 @@ def test_a_problem_is_told_with_the_mend(machine, change, name, words, lost):
     assert found.status == PROBLEM
     assert words in found.value
     assert found.todo
-    named = ("export .onnx", "build engine", "run engine", "samples, ONNX")
+    named = ("export .onnx", "build engine", "run engine", "samples, ONNX", *(["samples, Python engine"] if "torch_cuda" in change else []))
     assert {name for name in named if not report.works(name)} == lost
     assert report.exit_code() == (3 if "export .onnx" in lost else 0)
 

@@ -3,13 +3,17 @@
 import hashlib
 import json
 import sys
+import types
 
 import pytest
+import torch
 
 import exporter.engine as engine_module
 from exporter.cli import main
 from exporter.engine import BatchProfile, BuildOptions, check_fits_machine, read_sidecar, sidecar_path
-from exporter.errors import ArtefactError
+from exporter.errors import ArtefactError, ExportError, PluginError
+from exporter.gpus import Driver, Gpu
+from exporter.libraries import PluginLibrary
 from stm.errors import ConfigError, MissingDependencyError
 
 SIZE = (224, 224)
@@ -22,7 +26,7 @@ def test_batch_profile(text, triple):
     assert (profile.min, profile.opt, profile.max) == triple
 
 
-@pytest.mark.parametrize("text", ["", "0", "8:1:128", "1:2", "a:b:c", "1:8:128:9", "-1", "1:256:128"])
+@pytest.mark.parametrize("text", ["", "0", "8:1:128", "1:2", "a:b:c", "1:8:128:9", "-1", "1:256:128", "²"])
 def test_batch_profile_refuses(text):
     with pytest.raises(ConfigError, match="batch"):
         BatchProfile.parse(text)
@@ -42,10 +46,15 @@ def test_trtexec_spelling(texts, triple):
     assert (profile.min, profile.opt, profile.max) == triple
 
 
-@pytest.mark.parametrize("text", ["input:1x3x224x224", "images:1x3x384x384", "images:1x3x224", "images:ax3x224x224"])
+@pytest.mark.parametrize("text", ["input:1x3x224x224", "images:1x3x384x384", "images:1x3x224", "images:ax3x224x224", "images:²x3x224x224"])
 def test_trtexec_spelling_refuses(text):
     with pytest.raises(ConfigError, match=r"images|fixed at export"):
         BatchProfile.from_shapes(text, None, None, SIZE)
+
+
+def test_a_batch_of_none_is_not_an_absent_one():
+    with pytest.raises(ConfigError, match="batch 0:16:16"):
+        BatchProfile.from_shapes("images:0x3x224x224", None, "images:16x3x224x224", SIZE)
 
 
 def test_opt_level_is_bounded():
@@ -110,6 +119,15 @@ BROKEN_SIDECARS = {
     "another schema": ({"schema": 2}, "schema is 2"),
     "another kind": ({"kind": "plan"}, "build the engine again"),
     "a key missing": ({"gpu": "DROP"}, "lacks gpu"),
+    "gpu is null": ({"gpu": None}, "gpu is 'None'"),
+    "gpu without sm": ({"gpu": {"name": "NVIDIA H100"}}, "gpu or precision is damaged"),
+    "build is a list": ({"build": []}, r"build is '\[\]'"),
+    "classes is a number": ({"classes": 5}, "classes is '5'"),
+    "classes is true": ({"num_classes": True}, "num_classes is 'True'"),
+    "batch lacks one": ({"batch": {"min": 1, "opt": 8}}, "batch, image_size, gpu or precision is damaged"),
+    "batch upside down": ({"batch": {"min": 9, "opt": 8, "max": 8}}, "is damaged"),
+    "one side": ({"image_size": [224]}, "is damaged"),
+    "a precision of others": ({"precision": "int8"}, "is damaged"),
 }
 
 
@@ -162,10 +180,65 @@ def test_without_a_driver_exit_code_3(monkeypatch):
         engine_module.require_gpu()
 
 
+DRIVER = Driver("580.0", "13.0", (Gpu(0, "NVIDIA H100", 80 << 30, (9, 0)),))
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """TensorRT and an H100 that are not there, and a plugin with code for `archs`; a Builder would fail the test."""
+
+    def set_up(archs="80-real 120"):
+        library = PluginLibrary("/opt/libstm_trt10.so", 10, 4, 2, "ab" * 32, {"archs": archs})
+        owner = types.SimpleNamespace(trt=types.SimpleNamespace(__version__="10.6.0"), logger=types.SimpleNamespace(lines=[]))
+        monkeypatch.setattr(engine_module, "driver", lambda with_version=True: DRIVER)
+        monkeypatch.setattr(engine_module, "tensorrt_module", lambda: owner.trt)
+        monkeypatch.setattr(engine_module, "load_plugin", lambda path=None: library)
+        monkeypatch.setattr(engine_module, "process", lambda: owner)
+
+    return set_up
+
+
+def test_plugin_without_code_for_this_gpu_is_refused_before_the_build(machine, engine):
+    machine("80-real 120")  # sm_80 machine code runs on 8.x only, PTX 120 on later ones
+    with pytest.raises(PluginError, match=r"sm_80 sm_120 \+ PTX 120, but NVIDIA H100 is sm_90"):
+        engine_module.build_engine(None, BuildOptions())
+    with pytest.raises(PluginError, match="sm_90"):
+        engine_module.load_engine(engine[0])
+
+
+@pytest.mark.parametrize("archs", ["90-real", "", "native"], ids=["covered", "unknown", "native"])
+def test_timing_cache_that_cannot_be_written_stops_before_the_build(machine, tmp_path, archs):
+    machine(archs)
+    with pytest.raises(ExportError, match="it is a folder"):
+        engine_module.build_engine(None, BuildOptions(timing_cache=tmp_path))
+
+
+def test_without_a_home_there_is_no_timing_cache(machine, monkeypatch, tmp_path):
+    machine()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert engine_module.default_timing_cache() == tmp_path / "stm" / "timing-trt10.6.0-sm9.0.cache"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match=r"no timing cache \(cannot write .*not a folder\)"):
+        assert engine_module.default_timing_cache() is None
+
+
+@pytest.mark.parametrize(("cuda", "words"), [(None, "a CPU build"), ("14.1", "built for CUDA 14.1, the driver runs CUDA up to 13.0")])
+def test_torch_that_cannot_use_the_gpu_is_told_before_a_build(machine, monkeypatch, cuda, words):
+    machine()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with pytest.raises(MissingDependencyError, match=words) as caught:
+        engine_module.require_torch_gpu()
+    assert caught.value.exit_code == 3
+
+
 USAGE = {
     "batch for onnx": ["--batch", "1:8:128", "-o", "vim.onnx"],
     "precision for onnx": ["--precision", "fp16", "-o", "vim.onnx"],
     "suffix": ["-o", "vim.trt"],
+    "batch spelled wrong, told before TensorRT is missed": ["--batch", "1:8", "-o", "vim.engine"],
+    "an engine's option for onnx": ["--refit", "-o", "vim.onnx"],
 }
 
 

@@ -41,9 +41,9 @@ def needs_gpu():
 
 
 def cases():
-    """(model, rate, size): all models and rates at 224, ViM-T and one rate at the other sizes."""
+    """(model, rate, size): all models and rates at 224, all models and one rate at the other sizes."""
     rows = [(model, rate, SIZES[0]) for model in MODELS for rate in RATES]
-    rows += [("vim-t", 0.2, size) for size in SIZES[1:]]
+    rows += [(model, 0.2, size) for model in MODELS for size in SIZES[1:]]
     models = os.environ.get("STM_GPU_MODELS", " ".join(MODELS)).split()  # tests/gpu.sh spreads models and rates over processes
     rates = [float(rate) for rate in os.environ.get("STM_GPU_RATES", " ".join(map(str, RATES))).split()]
     return [row for row in rows if row[0] in models and row[1] in rates]

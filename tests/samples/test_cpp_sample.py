@@ -437,6 +437,14 @@ def test_engine_that_does_not_fit(classify, engine, tmp_path, plan, sidecar, wan
     assert (ran.returncode, wanted in ran.stderr) == (9, True), ran.stderr
 
 
+@pytest.mark.parametrize(("build", "code"), [({"version_compatible": True}, 0), ({"version_compatible": False}, 9), (None, 9)])
+def test_version_compatible_engine_may_bring_its_runtime(classify, engine, tmp_path, build, code):
+    engine.write_text("CODE FAKE 1 4 32 48 7")
+    Path(f"{engine}.json").write_text(json.dumps(SIDECAR | {"build": build}), encoding="utf-8")
+    ran = run(classify, engine, spoiled(tmp_path, "image.ppm", PPM))
+    assert ran.returncode == code, ran.stderr
+
+
 # --- with the real headers -----------------------------------------------------------------------------------------------
 
 

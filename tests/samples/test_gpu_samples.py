@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from exporter.images import DATA, preprocess
 from exporter.parity import compare_logits, load_reference
 from exporter.tolerances import TOLERANCES
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+# STM_GPU=1 is tests/gpu.sh: there nothing may skip, least of all because torch cannot use the GPU.
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(os.environ.get("STM_GPU") != "1", reason="needs a GPU, TensorRT and our plugin: run tests/gpu.sh")]
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 GRAPH = pytest.mark.parametrize("graph", [[], ["--graph"]], ids=["plain", "graph"])
