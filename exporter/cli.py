@@ -14,7 +14,7 @@ from stm.errors import ConfigError, StmError
 
 # Nothing heavy is imported here: `stm --help` answers at once. torch, onnx and the rest come with the verbs.
 
-_EPILOG = """exit codes: 0 ok, 2 usage, 3 missing dependency, network or GPU, 4 export failed, 5 build failed, 6 plugin refused or
+_EPILOG = """exit codes: 0 ok, 2 usage, 3 missing dependency, network or GPU, 4 export failed, 5 build failed, 6 plugin missing or
 node not taken, 7 parity failed, 8 performance gate failed, 9 artefact mismatch"""
 
 

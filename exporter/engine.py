@@ -269,8 +269,9 @@ def build_engine(
         The serialised engine and what the build took.
 
     Raises:
-        MissingDependencyError: no TensorRT, GPU or plugin library.
-        PluginError: the plugin has no code for this GPU, the parser did not find it, or a node that is ours is run by something else.
+        MissingDependencyError: no TensorRT or GPU.
+        PluginError: no plugin library, none with code for this GPU, not found by the parser, or a node that is ours is run by
+            something else.
         ExportError: the timing cache cannot be written.
         BuildError: TensorRT refuses; its messages are quoted.
     """
@@ -539,7 +540,8 @@ def load_engine(engine: str | Path, plugin_library: str | Path | None = None) ->
 
     Raises:
         ArtefactError: file, GPU or TensorRT do not fit; names both values.
-        MissingDependencyError: no TensorRT, GPU or plugin library.
+        MissingDependencyError: no TensorRT or GPU.
+        PluginError: no plugin library, or one that does not fit.
     """
     path = Path(engine)
     if not path.is_file():

@@ -94,14 +94,14 @@ def find_plugin(major: int, path: str | os.PathLike[str] | None = None) -> Path:
     package, and a CMake build folder `build/` of the checkout.
 
     Raises:
-        MissingDependencyError: there is none; says where it looked, how to get it and what works without.
+        PluginError: there is none; says where it looked, how to get it and what works without.
     """
     name = library_name(major)
     for given, source in ((path, "the path given"), (os.environ.get(ENVIRONMENT), ENVIRONMENT)):
         if given:
             found = Path(given) / name if Path(given).is_dir() else Path(given)
             if not found.is_file():
-                raise MissingDependencyError(f"no plugin library {found} ({source}). " + _GET_PLUGIN.format(major=major))
+                raise PluginError(f"no plugin library {found} ({source}). " + _GET_PLUGIN.format(major=major))
             return found.resolve()
     folders = (PACKAGE_FOLDER, BUILD_FOLDER / "lib", BUILD_FOLDER)
     for folder in folders:
@@ -111,7 +111,7 @@ def find_plugin(major: int, path: str | os.PathLike[str] | None = None) -> Path:
     has = f"; there is {', '.join(others)} for another TensorRT" if others else ""
     built = read_build_info(PACKAGE_FOLDER)
     why = f" When this package was installed: {built.line}." if built is not None and built.status != "built" else ""
-    raise MissingDependencyError(
+    raise PluginError(
         f"no plugin library {name} for TensorRT {major} (looked in {ENVIRONMENT}, {PACKAGE_FOLDER}, {BUILD_FOLDER}){has}.{why} "
         + _GET_PLUGIN.format(major=major)
     )
@@ -145,14 +145,13 @@ def read_plugin(path: str | os.PathLike[str]) -> PluginLibrary:
     """What a library says of itself. Opens it, which registers nothing and needs neither TensorRT nor a GPU.
 
     Raises:
-        MissingDependencyError: no such file.
-        PluginError: not a core plugin library of ours (the shim among others), or not loadable here.
+        PluginError: no such file, not a core plugin library of ours (the shim among others), or not loadable here.
     """
     path = Path(path)
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise MissingDependencyError(f"cannot read the plugin library {path}: {error.strerror or error}") from None
+        raise PluginError(f"cannot read the plugin library {path}: {error.strerror or error}") from None
     # Judged by the file's bytes before it is opened: opening the shim registers, and opening a stranger runs its code.
     if b"stm_register_plugins" in data:
         core = path.name.replace("_static", "")
@@ -186,7 +185,7 @@ def sm_coverage(path: str | os.PathLike[str]) -> SmCoverage:
     """Which GPUs the library at `path` has code for, as its build information says.
 
     Raises:
-        MissingDependencyError, PluginError: as `read_plugin`.
+        PluginError: as `read_plugin`.
     """
     return read_plugin(path).coverage
 
@@ -237,8 +236,8 @@ def load_plugin(path: str | os.PathLike[str] | None = None, logger: Any = None, 
         tensorrt: the package to use, for example tensorrt_lean; default: tensorrt.
 
     Raises:
-        MissingDependencyError: no TensorRT, or no library for it (exit code 3).
-        PluginError: the library is for another TensorRT or another version of us, or TensorRT refuses it (exit code 6).
+        MissingDependencyError: no TensorRT (exit code 3).
+        PluginError: there is no library, it is for another TensorRT or another version of us, or TensorRT refuses it (exit code 6).
     """
     trt = tensorrt if tensorrt is not None else tensorrt_module()
     major = tensorrt_major(trt)

@@ -18,6 +18,7 @@ from stm.optimization import LatencyTable, Optimized, optimize_plan, parse_budge
 from stm.optimization.images import normalised
 from stm.registry import model_config
 
+from .accuracy.fast_scan import fast_scan
 from .deploy import load_model
 from .evaluation.data import IMAGE_SUFFIXES
 from .evaluation.subjects import require_device
@@ -95,19 +96,20 @@ def search_plan(
 
         given, said = dead_leaves(config, count, seed), "generated images"
     try:
-        return optimize_plan(
-            model,
-            parse_budget(budget, model.config, table),
-            given,
-            off_centre=bool(files),
-            objective=objective,
-            seconds=600.0 if seconds is None and evaluations is None else seconds,
-            evaluations=evaluations,
-            seed=seed,
-            data=said,
-            better=(lambda plan, value: plan.save(save)) if save else None,
-            report=_Line() if show_progress and sys.stderr.isatty() else None,
-        )
+        with fast_scan(device, model.config.d_inner, model.config.d_state):
+            return optimize_plan(
+                model,
+                parse_budget(budget, model.config, table),
+                given,
+                off_centre=bool(files),
+                objective=objective,
+                seconds=600.0 if seconds is None and evaluations is None else seconds,
+                evaluations=evaluations,
+                seed=seed,
+                data=said,
+                better=(lambda plan, value: plan.save(save)) if save else None,
+                report=_Line() if show_progress and sys.stderr.isatty() else None,
+            )
     finally:
         if show_progress and sys.stderr.isatty():
             print(file=sys.stderr)

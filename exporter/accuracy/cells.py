@@ -50,6 +50,8 @@ OURS = {  # name -> (rule, weights, proportional decay)
 REFERENCE = "stm"
 CONTROLS = ("smaller", "resolution")
 FROZEN = "frozen-"
+AT = "@"
+"""mtr@best: MTR before the layers of the plan `best`, with its counts; tells a plan's schedule from its choice of tokens."""
 GROUPS: dict[str, tuple[str, ...]] = {
     "weights": ("stm", "stm-literal", "stm-decay", "stm-constant", "stm-sum", "stm-mean", "stm-proportional"),
     "generators": ("stm", "stm-frontier", "stm-spread", "stm-one-sided"),
@@ -62,26 +64,33 @@ CALIBRATION_IMAGES = 64
 
 
 def family(name: str) -> str:
-    """stm, ablation, rival, frozen, control, or plan (a file of the user's)."""
+    """stm, ablation, rival, like (a rival before a plan's layers), frozen, control, or plan (a file of the user's)."""
     if name == REFERENCE:
         return "stm"
     if name in OURS:
         return "ablation"
     if name in METHODS:
         return "rival"
+    if AT in name and name.partition(AT)[0] in METHODS:
+        return "like"
     return "control" if name in CONTROLS else "frozen" if name.removeprefix(FROZEN) in METHODS and name.startswith(FROZEN) else "plan"
 
 
-def parse_methods(names: Sequence[str]) -> list[str]:
-    """Names and groups -> names, each once, in order.
+def parse_methods(names: Sequence[str], plans: Sequence[str] = ()) -> list[str]:
+    """Names and groups -> names, each once, in order; "mtr@best" and "rivals@best" where `best` is one of `plans`.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name or plan.
     """
     known = [*OURS, *METHODS, *GROUPS["frozen"], *CONTROLS]
     found: list[str] = []
     for name in names:
-        if name == "all":
+        method, at, plan = name.partition(AT)
+        if at and (method == "rivals" or method in METHODS):
+            if plan not in plans:
+                raise ConfigError(f"method {name!r} takes its layers from the plan {plan!r}; give --plan {plan}=FILE.json")
+            found += [one + AT + plan for one in (METHODS if method == "rivals" else [method])]
+        elif name == "all":
             found += known
         elif name in GROUPS:
             found += GROUPS[name]
@@ -89,18 +98,20 @@ def parse_methods(names: Sequence[str]) -> list[str]:
             found.append(name)
         else:
             raise ConfigError(
-                f"no method {name!r}; groups: all, {', '.join(GROUPS)}; methods: {', '.join([*OURS, *METHODS, *CONTROLS])}; frozen-NAME of a rival"
+                f"no method {name!r}; groups: all, {', '.join(GROUPS)}; methods: {', '.join([*OURS, *METHODS, *CONTROLS])}; frozen-NAME of a rival; "
+                "NAME@PLAN: a rival, or rivals, before the layers of a --plan"
             )
     return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A method at a budget: one row of the table in each variant."""
+    """A method at a budget: one row of the table in each variant. `like`: the plan whose schedule a rival takes."""
 
     name: str
     budget: Budget
     plan: MergePlan | None = None
+    like: MergePlan | None = None
 
     @property
     def family(self) -> str:
@@ -164,10 +175,14 @@ class Bench:
             return self._planned(cell.plan)
         if cell.name in OURS:
             return self._ours(cell.name, cell.budget)
-        method = cell.name.removeprefix(FROZEN)
-        reduction = self._reduction(method, cell.budget, matching=method == cell.name)
-        if cell.name != method:
-            return self._frozen(cell, reduction)
+        if cell.like is not None:
+            method = cell.name.partition(AT)[0]
+            reduction = scheduled_like(self.config, method, cell.like)
+        else:
+            method = cell.name.removeprefix(FROZEN)
+            reduction = self._reduction(method, cell.budget, matching=method == cell.name)
+            if cell.name != method:
+                return self._frozen(cell, reduction)
         identity = {"method": method, "removed": {str(layer): count for layer, count in reduction.schedule.items()}}
         model = with_reduction(self.base, reduction)
         return Candidate(model, reduction_summary(reduction), identity, schedule_text(reduction), reduction=reduction)
@@ -268,6 +283,27 @@ class Bench:
         return {**figures, **changes}
 
 
+def scheduled_like(config: VimConfig, method: str, plan: MergePlan) -> Reduction:
+    """A rival with a plan's counts before the plan's layers; what is more than one step of it can remove goes before the next layers.
+
+    Raises:
+        PlanError: the layers left do not hold it.
+    """
+    schedule: dict[int, int] = {}
+    length, late, limits = config.seqlen, 0, create_reduction(method, config, schedule={})
+    for layer in range(1, config.depth):
+        late += plan.removed(layer)
+        count = min(late, limits.most(length))
+        if limits.most(length) < length - 3:  # those that match remove at most half, with counts a side at most half of each
+            count = min(count, 2 * ((length - 1) // 4))
+        if count:
+            schedule[layer] = count
+            length, late = length - count, late - count
+    if late:
+        raise PlanError(f"{method} before the plan's layers: {late} of {config.seqlen - plan.tokens_left} tokens find no layer any more")
+    return create_reduction(method, config, schedule=schedule)
+
+
 def plan_digest(plan: MergePlan) -> str:
     return hashlib.sha256(json.dumps(plan.to_dict(), sort_keys=True).encode()).hexdigest()
 
@@ -305,9 +341,11 @@ def cells(config: VimConfig, methods: Sequence[str], wanted: Sequence[Budget], p
     order = [*wanted, *dict.fromkeys(cell.budget for cell in extra if cell.budget not in wanted)]
     found: list[Cell] = []
     for budget in order:
-        found += [cell for cell in extra if cell.budget == budget]
+        here = {cell.name: cell for cell in extra if cell.budget == budget}
+        found += here.values()
         if budget in wanted:
-            found += [Cell(name, budget) for name in methods if name != "smaller"]
+            found += [Cell(name, budget) for name in methods if name != "smaller" and AT not in name]
+        found += [Cell(name, budget, like=here[at].plan) for name in methods if (at := name.partition(AT)[2]) in here]
     return found + [Cell("smaller", AS_IT_IS) for name in methods if name == "smaller"]
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stm.errors import StmError
-from stm.reduction import Reduction
+from stm.reduction import Reduction, from_description
 
+from ..files import written_aside
 from ..gpus import driver
 from ..progress import Steps
 from .cells import Bench, Candidate, Cell
@@ -18,9 +23,10 @@ from .results import UNMERGED, Latency
 
 if TYPE_CHECKING:
     from ..bench.backends import EngineBackend
-    from ..bench.workshop import Workshop
+    from ..bench.workshop import Spec, Workshop
 
 PRECISION = "fp16"
+EXPORTERS = 8
 
 
 def require_engines(plugin_library: str | Path | None) -> None:
@@ -38,29 +44,109 @@ def engine_of(workshop: Workshop, bench: Bench, candidate: Candidate | None, lab
     Raises:
         StmError: it cannot be exported or built; says why.
     """
-    from ..bench.workshop import Spec
-
-    config = bench.config if candidate is None else candidate.model.config
-    plan = candidate.plan if candidate else None
-    spec = Spec(config.name, label, config.image_size, PRECISION, config.num_classes, plan=plan)
+    spec = spec_of(bench, candidate, label)
     if candidate is not None and candidate.reduction is not None:
         return reduced_engine(workshop, spec, candidate.reduction, batch)
     return workshop.engine(spec, batch)
 
 
+def spec_of(bench: Bench, candidate: Candidate | None, label: str) -> Spec:
+    from ..bench.workshop import Spec
+
+    config = bench.config if candidate is None else candidate.model.config
+    return Spec(config.name, label, config.image_size, PRECISION, config.num_classes, plan=candidate.plan if candidate else None)
+
+
 def reduced_engine(workshop: Workshop, spec: Any, reduction: Reduction, batch: int) -> EngineBackend:
     """The engine of a method that looks at the image."""
-    from stm.reduction import with_reduction
-
     from ..bench.backends import EngineBackend
     from ..engine import BatchProfile
-    from ..onnx_export import export_onnx
     from ..passes.tensorrt import lower_tensorrt
 
-    model = workshop.model(spec)
-    lowered = lower_tensorrt(export_onnx(with_reduction(model, reduction)), PRECISION)
+    lowered = lower_tensorrt(reduced_portable(workshop, spec, reduction), PRECISION)
     engine, size, origin = workshop._built(lowered, f"{spec.model}-{spec.rate}-{PRECISION}-b{batch}", BatchProfile(batch, batch, batch))
     return EngineBackend("engine", engine, spec.image_size, PRECISION, weights=workshop.weights(spec), engine_bytes=size, notes=(origin,))
+
+
+def reduced_portable(workshop: Workshop, spec: Spec, reduction: Reduction) -> Any:
+    """The method's portable ONNX model; with a folder kept there, as `Workshop.portable` does."""
+    import onnx
+
+    from stm.reduction import with_reduction
+
+    from ..bench.workshop import _code_sha256
+    from ..onnx_export import export_onnx
+
+    if workshop.folder is None:
+        return export_onnx(with_reduction(workshop.model(spec), reduction))
+    made_from = [workshop.weights(spec), reduction.describe(), spec.image_size, _code_sha256()]
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    path = workshop.folder / f"{spec.model}-{spec.rate}-{key}.onnx"
+    if path.is_file():
+        return onnx.load(str(path))
+    model = export_onnx(with_reduction(workshop.model(spec), reduction))
+    with written_aside(path) as aside:
+        onnx.save(model, str(aside))
+    return model
+
+
+class Exports:
+    """ONNX files made by processes of their own while the accuracy pass has the GPU: an export is some ten seconds of one core.
+
+    Where a process fails, the engine is exported again when it is timed, and says why it cannot be.
+    """
+
+    def __init__(self, bench: Bench, records: Records, cells: Sequence[Cell], batches: Sequence[int]) -> None:
+        import multiprocessing
+
+        self.folder = records.folder / "engines"
+        self._pool = ProcessPoolExecutor(min(EXPORTERS, max(1, (os.cpu_count() or 2) // 2)), multiprocessing.get_context("spawn"))
+        self._made: dict[str, Future[None]] = {}
+        for cell in cells:
+            try:
+                candidate = bench.make(cell)
+            except StmError:
+                continue
+            if all(_timed(records, candidate, cell, batch) for batch in batches):
+                continue
+            described = candidate.reduction.describe() if candidate.reduction else None
+            if not self._made:
+                self._made["0"] = self._pool.submit(export_ahead, self.folder, spec_of(bench, None, "0"), None)
+            label = records_label(cell)
+            self._made[label] = self._pool.submit(export_ahead, self.folder, spec_of(bench, candidate, label), described)
+
+    def wait(self, label: str) -> None:
+        for one in ("0", label):
+            if one in self._made:
+                self._made[one].exception()
+
+    def __enter__(self) -> Exports:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def export_ahead(folder: Path, spec: Spec, described: Mapping[str, Any] | None) -> None:
+    """Leave the ONNX file that `engine_of` looks for in the folder."""
+    import torch
+
+    from stm import model_config
+
+    from ..bench.workshop import Workshop
+
+    torch.set_num_threads(2)
+    workshop = Workshop("cpu", folder=folder)
+    if described is None:
+        workshop.portable(spec)
+    else:
+        reduced_portable(workshop, spec, from_description(described, model_config(spec.model, spec.image_size, spec.num_classes)))
+
+
+def _timed(records: Records, candidate: Candidate, cell: Cell, batch: int) -> bool:
+    """Whether this is recorded; what failed is tried again."""
+    before = records.get(candidate.identity, "latency", cell.name, cell.budget.label, f"b{batch}")
+    return before is not None and not before["latency"]["reason"]
 
 
 def time_engines(
@@ -71,26 +157,28 @@ def time_engines(
     plugin_library: str | Path | None,
     deadline: float | None,
     steps: Steps,
-) -> int:
-    """Time what is not yet recorded; returns how many are left."""
+    exports: Exports | None = None,
+) -> list[tuple[str, ...]]:
+    """Time what is not yet recorded; returns the keys of the records left."""
     from ..bench.workshop import Workshop
     from .runner import expired
 
     workshop = Workshop("cuda", folder=records.folder / "engines", plugin_library=plugin_library)
-    left = 0
+    left: list[tuple[str, ...]] = []
     for cell in cells:
         with steps.step(f"latency: {cell.name} {cell.budget.label}"):
             for batch in batches:
+                key = ("latency", cell.name, cell.budget.label, f"b{batch}")
                 if expired(deadline):
-                    left += 1
+                    left.append(key)
                     continue
                 try:
                     candidate = bench.make(cell)
                 except StmError:
                     continue  # not possible, and said so by the accuracy pass
-                key = ("latency", cell.name, cell.budget.label, f"b{batch}")
-                before = records.get(candidate.identity, *key)
-                if before is None or before["latency"]["reason"]:  # what failed is tried again
+                if not _timed(records, candidate, cell, batch):
+                    if exports is not None:
+                        exports.wait(records_label(cell))
                     found = _time(workshop, bench, candidate, cell, batch)
                     records.put({"kind": "latency", "latency": asdict(found)}, candidate.identity, *key)
             workshop.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ _MARKERS = "os^Dv<>P*Xhp8d"
 _GROUPS = (  # title, families
     ("methods", ("stm", "plan", "rival", "control")),
     ("rules and weights of stm", ("stm", "ablation")),
+    ("rivals before a plan's layers", ("stm", "plan", "like")),
     ("rivals frozen into plans", ("stm", "plan", "frozen")),
 )
+_ASIDE = tuple(title for title, families in _GROUPS if families[-1] in ("like", "frozen"))
 
 
 def _figure(width: float, height: float) -> Any:
@@ -45,7 +48,8 @@ def _groups(run: Run) -> list[tuple[str, list[str]]]:
     found = []
     for title, families in _GROUPS:
         names = list(dict.fromkeys(row.name for row in run.rows if row.family in families))
-        if any(name != "stm" for name in names) and not (families[-1] == "frozen" and not any(name.startswith("frozen-") for name in names)):
+        there = {row.family for row in run.rows}
+        if any(name != "stm" for name in names) and (title not in _ASIDE or families[-1] in there):
             found.append((title, names))
     return found or [("methods", list(dict.fromkeys(row.name for row in run.rows if row.name != UNMERGED)))]
 
@@ -132,7 +136,7 @@ def _accuracy(run: Run, path: Path, label: str, place: Callable[[Row], float | N
 
 def _layers(run: Run, path: Path) -> Path:
     """Relative error of the class token's hidden state in each layer, log scale; lines of a method's mean over images."""
-    groups = [(title, names) for title, names in _groups(run) if title != "rivals frozen into plans"]
+    groups = [(title, names) for title, names in _groups(run) if title not in _ASIDE]
     lines = [(variant, title, names) for title, names in groups for variant in run.variants]
     figure = _figure(2.4 + 2.9 * len(run.budgets), 0.6 + 2.5 * len(lines))
     grid = figure.subplots(len(lines), len(run.budgets), squeeze=False, sharex="all", sharey="all")
@@ -187,5 +191,6 @@ def _plans(run: Run, path: Path) -> Path:
             draw_groups(axes, config, found.plan, pixels)
             figures = plan_summary(config, found.plan)
             axes.set_title(f"{name}, {budget}\n{figures['tokens_left']} left, {figures['gflops_true_change']:+.1%} FLOPs", fontsize=8)
-    figure.suptitle(f"{run.model}: patches that end as one token in one colour, the token kept outlined; red: the class token's place", fontsize=10)
+    title = f"{run.model}: patches that end as one token in one colour, the token kept outlined; red: the class token's place"
+    figure.suptitle(textwrap.fill(title, 30 * len(names)), fontsize=10)
     return _save(figure, path, dpi=72)

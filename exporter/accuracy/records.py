@@ -55,6 +55,11 @@ class Records:
         self._write(path, {"schema": SCHEMA, "kind": "accuracy-run", "identity": wanted, **merged})
         return merged
 
+    def left(self) -> list[list[str]]:
+        """Keys that earlier calls did not come to."""
+        found: list[list[str]] = self.head().get("left_keys", []) if (self.folder / RUN_FILE).exists() else []
+        return found
+
     def head(self) -> dict[str, Any]:
         path = self.folder / RUN_FILE
         found = _read(path)

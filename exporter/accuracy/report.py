@@ -93,6 +93,7 @@ def markdown(run: Run, plots: Sequence[str] = ()) -> str:
     ]
     out += _overview(run)
     out += _claims(run)
+    out += _against(run)
     for budget in run.budgets:
         for variant in run.variants:
             out += ["", f"### {run.model}, {budget}, {variant}", "", *_section(run, budget, variant)]
@@ -196,6 +197,30 @@ def _claims(run: Run) -> list[str]:
             for one, other, question, cells in table
         ]
         out += ["", f"### {run.model}, does it help? Points of top-1, {variant}", "", *_table(["claim", *run.budgets], rows)]
+    return out
+
+
+def against(run: Run, plan: str, variant: str) -> list[tuple[str, dict[str, Interval]]]:
+    """(other, budget -> top-1 of the plan minus the other's) at the plan's budgets; the nearest first."""
+    found: dict[str, dict[str, Interval]] = {}
+    for budget in run.budgets:
+        rows = {row.name: row for row in run.at(budget, variant)}
+        if plan in rows:
+            for name, row in rows.items():
+                if name != plan:
+                    found.setdefault(name, {})[budget] = paired_difference(rows[plan].right, row.right)
+    return sorted(found.items(), key=lambda item: min(one.value for one in item[1].values()))
+
+
+def _against(run: Run) -> list[str]:
+    out: list[str] = []
+    for plan in dict.fromkeys(row.name for row in run.rows if row.family == "plan"):
+        for variant in run.variants:
+            table = against(run, plan, variant)
+            if table:
+                there = [budget for budget in run.budgets if any(budget in found for _, found in table)]
+                rows = [[f"{plan} - {other}", *(_interval(found[budget]) if budget in found else "" for budget in there)] for other, found in table]
+                out += ["", f"### {run.model}, {plan} against the others, points of top-1, {variant}", "", *_table(["difference", *there], rows)]
     return out
 
 

@@ -30,11 +30,13 @@ from ..files import check_writable
 from ..progress import Steps
 from .budgets import AS_IT_IS, budgets
 from .cells import DEFAULT, Bench, Candidate, Cell, cells, next_smaller, normalised, parse_methods
+from .fast_scan import fast_scan
 from .observe import observe
 from .records import RUN_FILE, Records, read_run
 from .results import UNMERGED, Run
 
 DEFAULT_IMAGES = 2000
+Key = tuple[str, ...]
 DEFAULT_LATENCY = ("stm", "stm-mean", "tome", "mtr", "resolution")
 
 
@@ -101,7 +103,7 @@ def measure(
             raise ConfigError(f"variants are {', '.join(variants)}; choose from {', '.join(VARIANTS)}, each once")
     if output is not None:
         check_writable(Path(output) / RUN_FILE)
-    names = parse_methods(methods)
+    names = parse_methods(methods, tuple(plans or {}))
     config = model.config if isinstance(model, VisionMamba) else model_config(model, num_classes=NUM_CLASSES)
     if config.num_classes != NUM_CLASSES:
         raise ConfigError(f"{config.name} has {config.num_classes} classes, the images of stm.data have {NUM_CLASSES}")
@@ -141,24 +143,33 @@ def measure(
         "methods": [UNMERGED, *loaded, *names],
         "budgets": list(dict.fromkeys(cell.budget.label for cell in todo if cell.budget != AS_IT_IS)),
         "asked_variants": list(variants),
-        "left": 0,
     }
     with contextlib.ExitStack() as stack:
         folder = Path(output) if output is not None else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stm-accuracy-")))
         records = Records(folder)
-        about = records.begin(identity, about)
+        mine: list[Key] = [(variant, cell.name, cell.budget.label) for variant in variants for cell in todo]
+        mine += [("latency", cell.name, cell.budget.label, f"b{batch}") for cell in todo if cell.name in (latency or ()) for batch in latency_batches]
+        before_us = [key for one in records.left() if (key := tuple(one)) not in mine]
+        # Noted first, so that a run that is killed does not pass for a whole one.
+        about = records.begin(identity, {**about, "left": len(before_us) + len(mine), "left_keys": [*before_us, *mine]})
         # The reference scan launches a few kernels a token: a GPU wants as many images at once as it holds.
         size = batch or (max(64, (1 << 18) // config.d_inner) if where == "cuda" else 16)
         impossible: dict[tuple[str, str], str] = {}
-        left = 0
+        left: list[Key] = []
         with Steps(len(variants) * len(todo) + len(latency or ()) * len(wanted), show_progress) as steps:
+            timed, exports = [cell for cell in todo if cell.name in (latency or ())], None
+            if timed and where == "cuda":
+                from .latency import Exports
+
+                exports = stack.enter_context(Exports(bench, records, timed, latency_batches))
+            about["scan"] = "Triton" if stack.enter_context(fast_scan(where, config.d_inner, config.d_state)) else "torch"
             for variant in variants:
                 left += _variant(bench, records, variant, todo, images, size, impossible, deadline, steps)
             if latency is not None:
                 from .latency import time_engines
 
-                left += time_engines(bench, records, [c for c in todo if c.name in latency], latency_batches, plugin_library, deadline, steps)
-        about["left"] = left
+                left += time_engines(bench, records, timed, latency_batches, plugin_library, deadline, steps, exports)
+        about["left"], about["left_keys"] = len(before_us) + len(left), [*before_us, *left]
         tried = {(cell.name, cell.budget.label) for cell in todo}
         before = [one for one in about.get("impossible", []) if (one["name"], one["budget"]) not in tried]
         about["impossible"] = before + [{"name": name, "budget": budget, "reason": why} for (name, budget), why in impossible.items()]
@@ -197,8 +208,8 @@ def _variant(
     impossible: dict[tuple[str, str], str],
     deadline: float | None,
     steps: Steps,
-) -> int:
-    """Measure what this variant lacks; returns how many records are still to be made."""
+) -> list[Key]:
+    """Measure what this variant lacks; returns the keys of the records still to be made."""
     reference: Reference | None = None
 
     def the_reference() -> Reference:
@@ -210,16 +221,16 @@ def _variant(
     none = (variant, UNMERGED, AS_IT_IS.label)
     if records.get({}, *none) is None:
         if expired(deadline):
-            return 1 + len(todo)
+            return [none, *((variant, cell.name, cell.budget.label) for cell in todo)]
         with steps.step(f"{variant}: unmerged"):
             records.put(_unmerged(bench, the_reference(), variant), {}, *none)
-    left = 0
+    left: list[Key] = []
     for cell in todo:
         with steps.step(f"{variant}: {cell.name} {cell.budget.label}"):
-            if expired(deadline):
-                left += 1
-                continue
             key = (variant, cell.name, cell.budget.label)
+            if expired(deadline):
+                left.append(key)
+                continue
             try:
                 candidate = bench.make(cell)
                 if records.get(candidate.identity, *key) is not None:

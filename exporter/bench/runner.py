@@ -14,7 +14,7 @@ from typing import Any
 from stm.config import ImageSize, image_size_pair
 from stm.errors import ConfigError, MissingDependencyError, StmError
 
-from ..errors import ArtefactError, ParityError
+from ..errors import ArtefactError, ParityError, PluginError
 from ..progress import Steps
 from .environment import environment, gpu_state
 from .results import BenchResult, Case, Comparison, Measurement, Skipped
@@ -138,8 +138,8 @@ def _require_engines(plugin_library: str | Path | None) -> None:
         require_tensorrt()
         require_gpu()
         load_plugin(plugin_library)
-    except MissingDependencyError as error:
-        raise MissingDependencyError(f"{str(error).rstrip('.')}. {WITHOUT_GPU}") from None
+    except (MissingDependencyError, PluginError) as error:
+        raise type(error)(f"{str(error).rstrip('.')}. {WITHOUT_GPU}") from None
 
 
 def bench(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,16 +18,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import exporter.accuracy.fast_scan as fast_scan_module
 import exporter.accuracy.latency as latency_module
 import exporter.accuracy.plots as plots_module
 import exporter.accuracy.runner as runner_module
 import stm.registry
 from exporter.accuracy import Run, measure, read_run, update_document
 from exporter.accuracy.budgets import TOKEN_LAYERS, Budget, at_flops, budgets, k_schedule, parse_flops
-from exporter.accuracy.cells import GROUPS, Bench, Cell, cells, family, normalised, parse_methods
+from exporter.accuracy.cells import GROUPS, Bench, Cell, cells, family, normalised, parse_methods, scheduled_like
 from exporter.accuracy.observe import class_state, observe
 from exporter.accuracy.plots import draw_plots
-from exporter.accuracy.report import claims, markdown, terminal_lines
+from exporter.accuracy.report import against, claims, markdown, terminal_lines
 from exporter.accuracy.statistics import NOISE, bootstrap_mean, paired_difference
 from exporter.bench.report import BEGIN, END
 from exporter.bench.timing import HostClock, Prepared
@@ -339,6 +345,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
         measure(tiny(), tmp_path / "parts", **QUICK, methods=["stm", "mtr"])
     done = sorted(path.name for path in (tmp_path / "parts" / "records").iterdir())
     assert done == ["anywhere--none--as-it-is.json", "anywhere--stm--TL-20.json"], "the unmerged model and one method; nothing half"
+    assert not read_run(tmp_path / "parts").whole, "a run that was killed is no whole one"
     calls.clear()
     monkeypatch.setattr(runner_module, "observe", counted)
     resumed = measure(tiny(), tmp_path / "parts", **QUICK, methods=["stm", "mtr"])
@@ -350,6 +357,40 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
         assert [(r.name, r.budget, r.top1, r.kl, r.state) for r in sorted(run.rows, key=lambda r: (r.name, r.budget))] == [
             (r.name, r.budget, r.top1, r.kl, r.state) for r in sorted(whole.rows, key=lambda r: (r.name, r.budget))
         ]
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_what_another_call_left_is_still_left(tmp_path: Path) -> None:
+    first = measure(tiny(), tmp_path, **QUICK, methods=["stm"])
+    assert first.whole
+    measure(tiny(), tmp_path, **QUICK, methods=["mtr"], minutes=0)
+    again = measure(tiny(), tmp_path, **QUICK, methods=["tome"])
+    assert (again.whole, again.head["left"]) == (False, 2), "mtr at two budgets"
+    assert measure(tiny(), tmp_path, **QUICK, methods=["mtr"]).whole
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_rivals_run_before_a_plans_layers_and_the_plan_is_compared_with_all(tmp_path: Path) -> None:
+    late = make_plan(TINY, schedule={2: (10, 10)}, weights="mean")
+    late.save(tmp_path / "late.json")
+    chosen = {**QUICK, "flops": ["30%"], "token_layers": [late.token_layers_removed]}
+    run = measure(tiny(), tmp_path / "run", **chosen, methods=["mtr", "rivals@best"], plans={"best": [tmp_path / "late.json"]})
+    budget = f"TL {late.token_layers_removed}"
+    assert [row.name for row in run.rows if row.family == "like"] == [f"{name}@best" for name in METHODS]
+    for name in METHODS:
+        row = row_of(run, f"{name}@best", budget)
+        assert row.figures["seqlen"][1] == TINY.seqlen, "nothing goes before the plan's layer"
+        if name not in ("hsa", "token-recognition", "random"):
+            assert row.schedule.startswith("18 before 2, 2 before 3"), "no more than half at once, the rest in the next layer"
+        assert row.figures["tokens_left"] == late.tokens_left
+    table = dict(against(run, "best", "anywhere"))
+    assert set(table) == {"mtr", *(f"{name}@best" for name in METHODS)}
+    assert table["mtr"][budget] == paired_difference(row_of(run, "best", budget).right, row_of(run, "mtr", budget).right)
+    assert "### vim-tiny-test, best against the others, points of top-1, anywhere" in markdown(run)
+    with pytest.raises(ConfigError, match=r"takes its layers from the plan 'other'; give --plan other=FILE\.json"):
+        parse_methods(["mtr@other"], ["best"])
+    with pytest.raises(PlanError, match="find no layer any more"):
+        scheduled_like(TINY, "tome", make_plan(TINY, schedule={3: (14, 14)}))
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -447,6 +488,50 @@ def test_a_rivals_engine_is_made_of_our_nodes(monkeypatch: pytest.MonkeyPatch) -
     lowered, name, batch = built[0]
     assert (name, batch.opt) == ("vim-n-mtr--TL-4-fp16-b2", 2)
     assert {node.op_type for node in lowered.graph.node} >= {"StmMambaScan", "TopK"}
+
+
+def test_onnx_files_made_ahead_are_used_by_the_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TINY.with_changes(name="vim-n", image_size=(64, 64), depth=2)
+    monkeypatch.setitem(stm.registry._MODELS, "vim-n", stm.registry.ModelEntry(config, None, None))
+    bench = Bench(VisionMamba(config, cls_only_last=False).eval())
+    made = {name: bench.make(Cell(name, Budget(TOKEN_LAYERS, 4))) for name in ("stm", "mtr")}
+    for name, candidate in made.items():
+        described = candidate.reduction.describe() if candidate.reduction else None
+        latency_module.export_ahead(tmp_path, latency_module.spec_of(bench, candidate, name), described)
+    monkeypatch.setattr("exporter.onnx_export.export_onnx", lambda *_: pytest.fail("exported again"))
+    workshop = Workshop("cpu", folder=tmp_path)
+    monkeypatch.setattr(workshop, "_built", lambda lowered, name, batch: (None, 0, "fake"))
+    for name, candidate in made.items():
+        assert latency_module.engine_of(workshop, bench, candidate, name, 2).name == "engine"
+
+
+# --- the quicker scan --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed; without it the reference scan runs")
+def test_the_triton_scan_is_the_reference() -> None:
+    """Under Triton's interpreter, which wants its variable before the kernel is made, hence the process."""
+    code = "from exporter.accuracy.fast_scan import agrees; print([agrees('cpu', *size) for size in ((16, 4), (40, 16))])"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert ran.stdout.strip() == "[True, True]", ran.stderr
+
+
+def test_a_scan_that_fails_or_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    import stm.vim
+
+    assert not fast_scan_module.agrees("cpu", 16, 4), "no interpreter here, and the kernel needs a GPU"
+    monkeypatch.setitem(sys.modules, "exporter.accuracy.fast_scan_kernel", SimpleNamespace(scan=lambda u, *_: u))
+    assert not fast_scan_module.agrees("cpu", 16, 4)
+    with fast_scan_module.fast_scan("cpu", 16, 4) as used:
+        assert not used and stm.vim.selective_scan is fast_scan_module.selective_scan
+    monkeypatch.setattr(fast_scan_module, "agrees", lambda *_: True)
+    with fast_scan_module.fast_scan("cuda", 16, 4) as used:
+        assert used and stm.vim.selective_scan is fast_scan_module._quick
+        seen = observe(tiny(), normalised(images(2)[0], TINY)).logits  # on a CPU: the reference
+    assert stm.vim.selective_scan is fast_scan_module.selective_scan
+    assert torch.equal(seen, observe(tiny(), normalised(images(2)[0], TINY)).logits)
 
 
 # --- the report --------------------------------------------------------------------------------------------------------------

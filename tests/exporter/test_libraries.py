@@ -94,16 +94,16 @@ def test_a_named_library_that_is_absent_is_not_replaced_by_another(tmp_path, mon
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "libstm_trt10.so").touch()
     monkeypatch.setenv(libraries.ENVIRONMENT, "/nowhere/libstm_trt10.so")
-    with pytest.raises(MissingDependencyError, match=r"/nowhere/libstm_trt10.so \(STM_PLUGIN_LIBRARY\)"):
+    with pytest.raises(PluginError, match=r"/nowhere/libstm_trt10.so \(STM_PLUGIN_LIBRARY\)"):
         libraries.find_plugin(10)
 
 
 def test_nothing_found_says_where_why_and_what_works(tmp_path):
     plugin_build.PluginBuild("skipped", "TensorRT plugins skipped: no nvcc").save(tmp_path / "package")
     (tmp_path / "package" / "libstm_trt11.so").touch()
-    with pytest.raises(MissingDependencyError) as error:
+    with pytest.raises(PluginError) as error:
         libraries.find_plugin(10)
-    assert error.value.exit_code == 3
+    assert error.value.exit_code == 6
     for words in ("libstm_trt10.so", "there is libstm_trt11.so", "skipped: no nvcc", "TENSORRT_INCLUDE_DIR", "export to .onnx works"):
         assert words in str(error.value)
 
