@@ -264,8 +264,8 @@ def _accuracy_parser(parser: argparse.ArgumentParser) -> None:
         "--methods",
         type=_names,
         metavar="M[,..]",
-        help="groups weights, generators, rivals, frozen, controls, all; or single methods such as stm, stm-mean, mtr, frozen-mtr, resolution "
-        "(default weights,generators,rivals,controls)",
+        help="groups weights, generators, rivals, frozen, controls, all; or single methods such as stm, stm-mean, mtr, frozen-mtr, resolution; "
+        "mtr@NAME and rivals@NAME before the layers of --plan NAME=FILE (default weights,generators,rivals,controls)",
     )
     group.add_argument("--token-layers", type=_batches, metavar="N[,..]", help="token-layers removed (default those of stm-15 .. stm-40)")
     group.add_argument("--flops", type=_names, metavar="S[,..]", help="true FLOPs saved, 40%% or 0.4, or left, 0.6x (default 40%%)")

@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 out=$(mkdir -p "${1:-build/gpu}" && cd "${1:-build/gpu}" && pwd)
 parts=" ${STM_GPU_PARTS:-engines accuracy soak latency reductions bench kernels sanitizers} "
 include=${TENSORRT_INCLUDE_DIR:?set TENSORRT_INCLUDE_DIR to the folder of NvInfer.h}
-: > "$out/summary.txt"; rm -f "$out/rows.jsonl" "$out/failed"
+: > "$out/summary.txt"; rm -rf "$out/rows.jsonl" "$out/failed" "$out/portables"
 note() { printf '%-20s %s\n' "$1" "$2" | tee -a "$out/summary.txt"; }
 step() { # step NAME COMMAND...: run, log, note
   local name=$1 start=$SECONDS code=0; shift
@@ -29,6 +29,8 @@ libraries=$PWD/build/gpu-libs
 core=$(find "$libraries" -name 'libstm_trt*.so' ! -name '*_static*' | head -1)
 kernel_test=$(find "$libraries" -name stm_kernel_test -type f | head -1)
 export STM_PLUGIN_LIBRARY=$core STM_GPU=1 STM_GPU_OUT=$out STM_GPU_BUILD=$libraries
+export STM_GPU_PORTABLES=$out/portables  # exported once for all processes
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}  # of each of them
 export STM_GPU_ENGINE=$out/sample/vim.engine STM_GPU_REFERENCE=$out/sample/vim.reference
 samples() {
   step export python3 -m exporter export --model vim-t --weights random --rate 0.2 --batch 1:8:64 --opt-level 1 -o "$STM_GPU_ENGINE"

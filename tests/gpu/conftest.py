@@ -49,6 +49,15 @@ def cases():
     return [row for row in rows if row[0] in models and row[1] in rates]
 
 
+def written_once(path, make):
+    """make() -> bytes, written to `path` unless another process has done so."""
+    if not path.exists():
+        aside = path.with_suffix(f".{os.getpid()}")
+        aside.write_bytes(make())
+        os.replace(aside, path)
+    return str(path)
+
+
 def _export(folder, model, rate, size):
     import torch
 
@@ -56,10 +65,11 @@ def _export(folder, model, rate, size):
     from exporter.onnx_export import export_onnx
 
     torch.set_num_threads(2)
-    path = Path(folder) / f"{model}-{rate}-{size[0]}x{size[1]}.onnx"
     plan = stm.make_plan(stm.model_config(model, size), rate=rate)
-    path.write_bytes(export_onnx(stm.create_model(model, plan=plan, image_size=size)).SerializeToString())
-    return str(path)
+    return written_once(
+        Path(folder) / f"{model}-{rate}-{size[0]}x{size[1]}.onnx",
+        lambda: export_onnx(stm.create_model(model, plan=plan, image_size=size)).SerializeToString(),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -68,10 +78,18 @@ def work(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def portables(work):
+def portable_folder(work):
+    """Where portable models lie: STM_GPU_PORTABLES, which the processes of tests/gpu.sh share, or this session's own."""
+    folder = Path(os.environ.get("STM_GPU_PORTABLES") or work)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def portables(portable_folder):
     """portables(case) -> portable ONNX file; the cases of this process are exported in parallel at the start."""
-    with ProcessPoolExecutor(len(cases()), mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {case: pool.submit(_export, str(work), *case) for case in cases()}
+    with ProcessPoolExecutor(min(8, len(cases())), mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {case: pool.submit(_export, str(portable_folder), *case) for case in cases()}
         made = {case: Path(future.result()) for case, future in futures.items()}
     return made.__getitem__
 

@@ -22,6 +22,7 @@ from exporter.runtimes.trt import graph_latency_ms, tensorrt_runner
 from exporter.tolerances import tolerance
 from stm.reduction import list_reductions
 
+from .conftest import written_once
 from .test_engine_parity import logits
 
 MODEL, PRESET, IMAGES, BATCHES = "vim-t", "tl-792", 128, (1, 64, 128)
@@ -37,17 +38,17 @@ def _export(folder, method):
 
     torch.set_num_threads(2)
     model = stm.create_model(MODEL)
-    path = Path(folder) / f"{method}.onnx"
-    path.write_bytes(export_onnx(with_reduction(model, parse_reduction(f"{method}:{PRESET}", model.config))).SerializeToString())
-    return str(path)
+    return written_once(
+        Path(folder) / f"{MODEL}-{method}-{PRESET}.onnx",
+        lambda: export_onnx(with_reduction(model, parse_reduction(f"{method}:{PRESET}", model.config))).SerializeToString(),
+    )
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def exported(portable_folder):
     """exported(method) -> portable ONNX file; all are exported in parallel at the start."""
-    folder = tmp_path_factory.mktemp("reductions")
     with ProcessPoolExecutor(min(len(METHODS), max(1, (os.cpu_count() or 2) // 2)), mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {method: pool.submit(_export, str(folder), method) for method in METHODS}
+        futures = {method: pool.submit(_export, str(portable_folder), method) for method in METHODS}
         made = {method: Path(future.result()) for method, future in futures.items()}
     return made.__getitem__
 
