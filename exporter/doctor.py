@@ -22,7 +22,6 @@ from stm.version import __version__
 from . import gpus, libraries, plugin_build
 
 OK, MISSING, PROBLEM = "ok", "missing", "problem"
-MIN_TENSORRT = (10, 6)
 EXPORT_NEEDS = ("torch", "onnx", "onnxscript", "onnxruntime", "polygraphy")
 _DRIVER = "Engines need an NVIDIA driver and GPU; in a container: `docker run --gpus all`."
 _TORCH = "torch on the GPU"
@@ -155,12 +154,11 @@ def _tensorrt() -> tuple[Any, list[Row]]:
         value, _, todo = str(error).partition(". ")
         return None, [Row("TensorRT", status, value, todo)]
     version = str(trt.__version__)
-    parts = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     where = f"{version}, libnvinfer loads"
     if not hasattr(trt, "Builder"):
         return trt, [Row("TensorRT", PROBLEM, f"{where}; a runtime without a builder", "Install the full package to build engines.")]
-    if parts < MIN_TENSORRT:
-        return trt, [Row("TensorRT", PROBLEM, f"{version}; we need {'.'.join(map(str, MIN_TENSORRT))} or later", libraries.GET_TENSORRT)]
+    if old := libraries.tensorrt_too_old(trt):
+        return trt, [Row("TensorRT", PROBLEM, old, libraries.GET_TENSORRT)]
     return trt, [Row("TensorRT", OK, where)]
 
 

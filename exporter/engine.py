@@ -27,7 +27,7 @@ from stm.errors import ConfigError, MissingDependencyError
 from .errors import ArtefactError, BuildError, ExportError, PluginError
 from .files import check_writable, written_aside
 from .gpus import Gpu, driver
-from .libraries import PluginLibrary, SmCoverage, check_gpu_covered, load_plugin, tensorrt_module
+from .libraries import GET_TENSORRT, PluginLibrary, SmCoverage, check_gpu_covered, load_plugin, tensorrt_module, tensorrt_too_old
 from .op_schema import INPUT, OUTPUT
 from .passes.tensorrt import plugin_nodes
 from .tolerances import TOLERANCES
@@ -129,12 +129,15 @@ def require_tensorrt() -> Any:
     """Import tensorrt.
 
     Raises:
-        MissingDependencyError: it is not installed, or its library does not load; says what still works.
+        MissingDependencyError: it is not installed, too old, or its library does not load; says what still works.
     """
     try:
-        return tensorrt_module()
+        trt = tensorrt_module()
     except MissingDependencyError as error:
         raise MissingDependencyError(f"{error} {_WITHOUT}") from None
+    if old := tensorrt_too_old(trt):
+        raise MissingDependencyError(f"{old}. {GET_TENSORRT} {_WITHOUT}")
+    return trt
 
 
 def require_gpu() -> Gpu:

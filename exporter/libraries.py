@@ -28,6 +28,7 @@ PACKAGE_FOLDER = Path(__file__).resolve().parent / LIBRARY_FOLDER
 BUILD_FOLDER = Path(__file__).resolve().parents[1] / "build"  # `cmake -B build` in a checkout
 ENVIRONMENT = "STM_PLUGIN_LIBRARY"
 
+MIN_TENSORRT = (10, 6)
 GET_TENSORRT = (
     "Get it with `pip install 'tensorrt-cu13>=10.6'` (or tensorrt-cu12), a TensorRT tarball, or NVIDIA's TensorRT container. "
     "Without TensorRT, export to .onnx works: `stm-export ... -o vim.onnx`."
@@ -131,6 +132,12 @@ def tensorrt_module(name: str = "tensorrt") -> Any:
         raise MissingDependencyError(f"TensorRT is not installed: no module {name}. {GET_TENSORRT}") from None
     except (ImportError, OSError, RuntimeError) as error:
         raise MissingDependencyError(f"{name} is installed but cannot be loaded: {error}. {GET_TENSORRT}") from None
+
+
+def tensorrt_too_old(trt: Any) -> str:
+    """Says so of a TensorRT before MIN_TENSORRT; else an empty string."""
+    found = tuple(int(part) for part in str(trt.__version__).split(".")[:2] if part.isdigit())
+    return f"TensorRT {trt.__version__} is too old; we need {'.'.join(map(str, MIN_TENSORRT))} or later" if found < MIN_TENSORRT else ""
 
 
 def tensorrt_major(trt: Any) -> int:

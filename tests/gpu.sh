@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All GPU checks in one call, on a machine with an NVIDIA GPU, nvcc, cmake, TensorRT (Python package and library) and its
-# headers: builds the libraries, runs the kernel test, the sanitizers, every test marked `gpu`, and prints short tables last.
+# All GPU checks in one call, on a machine with an NVIDIA GPU, nvcc, cmake, ninja, compute-sanitizer, pytest, TensorRT (Python package and
+# library) and its headers: builds the libraries, runs the kernel test, the sanitizers, every test marked `gpu`, and prints short tables last.
 #   usage: tests/gpu.sh [OUT]        OUT: folder for logs and rows.jsonl (default build/gpu)
 #   TENSORRT_INCLUDE_DIR: TensorRT's headers.  STM_GPU_PARTS: what to run (default "engines accuracy soak latency
 #   reductions bench kernels sanitizers"; STM_GPU_REDUCTIONS: which methods).  STM_GPU_SOAK_SECONDS: how long the soaks last (default 60)

@@ -247,3 +247,11 @@ def test_usage_errors(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["export", "--model", "vim-t", "--weights", "random", *arguments]) == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_an_old_tensorrt_is_named_with_what_is_needed(monkeypatch):
+    monkeypatch.setattr(engine_module, "tensorrt_module", lambda: types.SimpleNamespace(__version__="8.6.1"))
+    with pytest.raises(MissingDependencyError, match=r"TensorRT 8\.6\.1 is too old; we need 10\.6 or later.*What works here"):
+        engine_module.require_tensorrt()
+    monkeypatch.setattr(engine_module, "tensorrt_module", lambda: types.SimpleNamespace(__version__="10.6.0"))
+    assert engine_module.require_tensorrt().__version__ == "10.6.0"
