@@ -35,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     length.add_argument("--extend", type=int, metavar="N", help="lengthen a training that is under way to N steps")
     parser.add_argument("--batch", type=int, help="images a step (default: the recipe's)")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the recipe's)")
+    parser.add_argument("--warmup", type=int, metavar="N", help="steps of the linear warm-up (default: the recipe's)")
+    parser.add_argument("--ramp", type=int, nargs=2, metavar=("A", "B"), help="steps between which the clutter grows (default: the recipe's)")
+    parser.add_argument("--init", type=Path, metavar="FILE", help="begin with these weights (published names, .safetensors), optimiser anew")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", choices=("triton", "torch"), help="default: triton on a GPU")
@@ -43,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--part-mib", type=int, metavar="M", help="also put the state into --out, in parts of at most M MiB (--join reads them)")
     parser.add_argument("--join", type=Path, metavar="DIR", help="take the state from parts that an earlier slot left in DIR")
     args = parser.parse_args(argv)
-    overrides = {key: value for key, value in (("steps", args.steps), ("batch", args.batch), ("lr", args.lr)) if value is not None}
+    ramp = tuple(args.ramp) if args.ramp else None
+    given = {"steps": args.steps, "batch": args.batch, "lr": args.lr, "warmup": args.warmup, "ramp": ramp}
+    overrides = {key: value for key, value in given.items() if value is not None}
     gpu = args.device.startswith("cuda")
     trainer = Trainer(
         args.model,
@@ -56,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         dtype=args.dtype or ("bfloat16" if gpu else "float32"),
         join=args.join,
         extend=args.extend,
+        init=args.init,
     )
     deadline = None if args.minutes is None else START + 60 * args.minutes
     done = trainer.run(deadline)

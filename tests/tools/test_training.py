@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 import stm
-from stm.data import CLASS_NAMES
+from stm.data import CLASS_NAMES, DigitPairs
 from tools.training.loop import RECIPES, Recipe, Trainer, learning_rate, pair_loss, recipe_config
 from tools.training.model import TrainingVim, from_state_dict, to_state_dict
 
@@ -245,6 +246,29 @@ def test_steps_chosen_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert trainer.total_steps == 6000  # 80 steps took 8 seconds
     trainer._choose_steps(None)
     assert trainer.total_steps == RECIPES["toy"].steps
+
+
+def test_init_goes_on_from_weights_with_images_not_seen_before(tmp_path):
+    first = Trainer("toy", tmp_path / "a", overrides={"steps": 2})
+    first.run()
+    first.finish(tmp_path / "a", test_images=4)
+    weights = tmp_path / "a" / "toy.safetensors"
+    then = Trainer("toy", tmp_path / "b", overrides={"steps": 3, "ramp": (0, 0)}, init=weights)
+    for name, value in to_state_dict(then.model.state_dict()).items():
+        assert torch.equal(value, load_file(weights)[name].float()), name
+    assert torch.equal(then.average["head_weight"], then.model.head_weight.detach())
+    begun = then.settings["init"]
+    assert (begun["images"], begun["step"]) == (2 * RECIPES["toy"].batch, 2)
+    seen, _ = DigitPairs("train", "centred", seed=0).batch(torch.arange(4, 6), 1.0)  # after the four centred images of the first training
+    assert torch.equal(then.batch(0)[0][:2], seen)
+    then.run()
+    result = then.finish(tmp_path / "b", test_images=4)
+    assert result["init"]["sha256"] == begun["sha256"]
+    third = Trainer("toy", tmp_path / "c", init=tmp_path / "b" / "toy.safetensors")
+    assert third.settings["init"]["images"] == 5 * RECIPES["toy"].batch
+    Trainer("toy", tmp_path / "b", init=weights)  # the same command goes on
+    with pytest.raises(SystemExit, match="did not begin with"):
+        Trainer("toy", tmp_path / "a", init=weights)
 
 
 def test_a_diverged_training_stops_and_keeps_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
+from stm.checkpoint import file_sha256
 from stm.config import VimConfig
 from stm.data import NUM_CLASSES, VARIANTS, DigitPairs
 from stm.registry import model_config
@@ -115,6 +118,8 @@ class Trainer:
         total_minutes: choose the number of steps from the speed measured at the start.
         join: a folder with parts of a state that `save_parts` wrote.
         extend: lengthen a training that is under way to so many steps; the rest of the cosine is stretched. Kept in the settings.
+        init: weights under the published names to begin with; only at the start of a training. Their hash, and what their file says of
+            their own training, are kept in the settings. Images go on where that training stopped, so that none comes twice.
     """
 
     def __init__(
@@ -130,6 +135,7 @@ class Trainer:
         dtype: str = "float32",
         join: Path | None = None,
         extend: int | None = None,
+        init: Path | None = None,
     ) -> None:
         self.folder, self.device, self.dtype = folder, torch.device(device), getattr(torch, dtype)
         self.settings: dict[str, Any] = {"recipe": asdict(replace(RECIPES[name], **(overrides or {}))), "seed": seed, "total_minutes": total_minutes}
@@ -141,13 +147,23 @@ class Trainer:
             kept = state["settings"]
             if kept["recipe"]["model"] != name:
                 raise SystemExit(f"{folder} holds the training of {kept['recipe']['model']!r}, not of {name!r}")
-            changed = [f"{key} {value} (kept: {kept['recipe'][key]})" for key, value in (overrides or {}).items() if kept["recipe"][key] != value]
+            if init is not None and kept.get("init", {}).get("sha256") != file_sha256(init):
+                raise SystemExit(f"{folder} holds a training that did not begin with {init}; use another --state")
+            changed = [
+                f"{key} {value} (kept: {kept['recipe'][key]})"
+                for key, value in (overrides or {}).items()
+                if _plain(kept["recipe"][key]) != _plain(value)
+            ]
             if changed or kept["seed"] != seed:
                 raise SystemExit(f"{folder} holds a training with other settings: {', '.join(changed) or 'seed'}; use another --state")
             self.settings = kept
+        elif init is not None:
+            self.settings["init"] = {"sha256": file_sha256(init), **_training_of(init)}
         self.recipe = Recipe(**self.settings["recipe"])
         self.config = recipe_config(name)
         self.model = TrainingVim(self.config, self.settings["seed"], backend, self.dtype).to(self.device)
+        if state is None and init is not None:
+            self.model.load_state_dict(from_state_dict({name: value.float() for name, value in load_file(init).items()}))
         groups = [
             {"params": [p for n, p in self.model.named_parameters() if n in DECAYED], "weight_decay": self.recipe.weight_decay},
             {"params": [p for n, p in self.model.named_parameters() if n not in DECAYED], "weight_decay": 0.0},
@@ -186,9 +202,10 @@ class Trainer:
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Images and labels of a step, half of each variant: a matter of the step alone."""
         half = self.recipe.batch // len(self.data)
-        indices = torch.arange(step * half, (step + 1) * half, device=self.device)
+        first = self.settings.get("init", {}).get("images", 0) // len(self.data) + step * half
+        indices = torch.arange(first, first + half, device=self.device)
         begin, end = self.recipe.ramp
-        clutter = min(1.0, max(0.0, (step - begin) / (end - begin)))
+        clutter = 1.0 if step >= end else max(0.0, (step - begin) / (end - begin))
         parts = [images.batch(indices, clutter) for images in self.data]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
@@ -399,6 +416,20 @@ def write_weights(path: Path, weights: Mapping[str, Tensor], about: Mapping[str,
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _training_of(weights: Path) -> dict[str, Any]:
+    """Steps and images that the file's own training took, as its header says, what went before included; nothing of a stranger's file."""
+    with safe_open(weights, "pt") as file:
+        about = json.loads((file.metadata() or {}).get("training", "{}"))
+    found = {key: about[key] for key in ("step", "total_steps", "images", "training_minutes", "recipe", "seed", "init") if key in about}
+    if "init" in found:
+        found["images"] += found["init"].get("images", 0)
+    return found
 
 
 def _join_parts(parts: Path, folder: Path) -> None:
