@@ -120,7 +120,7 @@ def test_a_package_without_the_file_says_so(
 # --- the trained file ------------------------------------------------------------------------------------------------------
 
 IMAGES = 150  # of each variant: 300 images under two plans take about a minute on two cores
-MOST_LOST = 0.05  # of top-1, by merging at rate 0.2 without training
+MOST_LOST = 0.04  # of top-1, by merging at rate 0.2 without training
 
 
 def stated(row: str) -> tuple[float, float]:
@@ -171,8 +171,9 @@ def test_the_file_is_the_one_that_the_card_describes() -> None:
     assert all(value.isfinite().all() for value in tensors.values())
     assert sum(value.numel() for value in tensors.values()) == training["parameters"] == 1_046_884
     assert (training["model"], training["done"], training["step"]) == ("vim-n", True, training["total_steps"])
-    assert f"| images seen | {training['images']:,} |" in CARD
-    assert f"| GPU time | {training['training_minutes']:.0f} minutes of one {training['device']} |" in CARD
+    images, minutes = (training[key] + training.get("init", {}).get(key, 0) for key in ("images", "training_minutes"))
+    assert f"| images seen | {images:,} |" in CARD
+    assert f"| GPU time | {minutes:.0f} minutes of one {training['device']} |" in CARD
 
 
 @trained
