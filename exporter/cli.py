@@ -112,7 +112,8 @@ def _export_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reduction",
         metavar="METHOD[:PRESET,..]",
-        help="instead of a merge plan a rival that looks at the image: tome:tl-792, r-meeto:tl-792,metric=delta (METHOD alone: the paper's table 2)",
+        help="instead of a merge plan a method that looks at the image: tome:tl-792, r-meeto:tl-792,metric=delta (METHOD alone: the paper's "
+        "table 2), or FILE.json of stm plan --optimize --reduction",
     )
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", required=True, metavar="OUT", help="FILE.onnx, FILE.engine, or a directory for everything")
@@ -181,6 +182,9 @@ def _plan_parser(parser: argparse.ArgumentParser) -> None:
     _plan_options(parser)
     group = parser.add_argument_group("a better plan than the paper's, from the weights (docs/plans.md)")
     group.add_argument("--optimize", action="store_true", help="search the plan that changes the model least, without labels or training")
+    group.add_argument(
+        "--reduction", metavar="METHOD", help="search when this method (tome, utr, ...) removes tokens; which, it decides for each image"
+    )
     group.add_argument("--budget", metavar="B", help="0.6x of the true FLOPs, -40%%, 1920tl (token-layers removed), 1.2ms (--latency-table)")
     group.add_argument("--images", metavar="DIR", help="a handful of unlabelled pictures to search on (default: generated ones)")
     group.add_argument("--data", choices=("digits",), help="search on digit pairs, what vim-n was trained on")
@@ -423,7 +427,7 @@ def _run_export(args: argparse.Namespace) -> Answer:
 def _optimized(args: argparse.Namespace) -> Any:
     """What --optimize found; None without it."""
     if not args.optimize:
-        belong = ("budget", "images", "data", "count", "seconds", "evaluations", "latency_table", "checkpoint")
+        belong = ("budget", "reduction", "images", "data", "count", "seconds", "evaluations", "latency_table", "checkpoint")
         if idle := [name for name in belong if getattr(args, name)]:
             raise ConfigError(f"--{idle[0].replace('_', '-')} belongs to --optimize")
         return None
@@ -439,6 +443,7 @@ def _optimized(args: argparse.Namespace) -> Any:
     return search_plan(
         args.model,
         args.budget,
+        reduction=args.reduction,
         checkpoint=args.checkpoint,
         weights=args.weights,
         ema=args.ema,
@@ -465,7 +470,11 @@ def _run_plan(args: argparse.Namespace) -> Answer:
     from .deploy import choose_plan
 
     config = model_config(args.model, args.image_size)
+    if args.reduction and (args.draw or (args.output and Path(args.output).suffix == ".png")):
+        raise ConfigError("--reduction: there is no one plan to draw, the tokens that go differ from image to image; give -o FILE.json")
     found = _optimized(args)
+    if args.reduction:
+        return _schedule_answer(args, config, found)
     plan = (
         found.plan
         if found
@@ -500,6 +509,20 @@ def _run_plan(args: argparse.Namespace) -> Answer:
     lines = [f"{config.name} at {height}x{width}, weights {plan.weights}", *_figures(summary), *(found.lines() if found else ())]
     answer = {"exit_code": 0, **summary, "outputs": written, **({"optimization": found.to_dict()} if found else {})}
     return answer, lines + [f"wrote {path}" for path in written]
+
+
+def _schedule_answer(args: argparse.Namespace, config: Any, found: Any) -> Answer:
+    """Of `stm plan --optimize --reduction`."""
+    from stm.reduction import reduction_summary, save_reduction
+
+    written = []
+    if args.output:
+        save_reduction(found.reduction, args.output)
+        written.append(args.output)
+    summary = reduction_summary(found.reduction)
+    height, width = config.image_size
+    lines = [f"{config.name} at {height}x{width}, {found.reduction.method}", *_figures(summary), *found.lines()]
+    return {"exit_code": 0, **summary, "outputs": written, "optimization": found.to_dict()}, lines + [f"wrote {path}" for path in written]
 
 
 def _run_verify(args: argparse.Namespace) -> Answer:

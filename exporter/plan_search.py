@@ -1,4 +1,5 @@
-"""stm plan --optimize: a model by name, a budget and perhaps a folder of images -> the best plan found, kept while it searches."""
+"""stm plan --optimize: a model by name, a budget and perhaps a folder of images -> the best plan found, or the best schedule of a method
+that looks at the image, kept while it searches."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from torch import Tensor
 from stm import VimConfig
 from stm.config import ImageSize
 from stm.errors import ConfigError
-from stm.optimization import LatencyTable, Optimized, optimize_plan, parse_budget
+from stm.optimization import LatencyTable, Optimized, OptimizedSchedule, optimize_plan, optimize_schedule, parse_budget
 from stm.optimization.images import normalised
+from stm.reduction import create_reduction, save_reduction
 from stm.registry import model_config
 
 from .accuracy.fast_scan import fast_scan
@@ -34,6 +36,7 @@ def search_plan(
     name: str,
     budget: str,
     *,
+    reduction: str | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     weights: str = "pretrained",
     ema: bool = False,
@@ -51,10 +54,11 @@ def search_plan(
     device: str | None = None,
     save: str | os.PathLike[str] | None = None,
     show_progress: bool = False,
-) -> Optimized:
-    """`stm.optimization.optimize_plan` on a model by name.
+) -> Optimized | OptimizedSchedule:
+    """`stm.optimization.optimize_plan` on a model by name, or `optimize_schedule` where a reduction is named.
 
     Args:
+        reduction: a method of stm.reduction, whose schedule is searched; it decides for each image which tokens go.
         images: a folder of unlabelled pictures, searched with its subfolders; at most `count`, evenly spread.
         data: "digits": the training images of stm.data, both variants; for vim-n.
         count: images to take or make (default 64, 512 on a GPU).
@@ -69,6 +73,10 @@ def search_plan(
     parse_budget(budget, config, table := LatencyTable.load(latency_table) if latency_table else None)
     if images is not None and data is not None:
         raise ConfigError("give --images or --data, not both")
+    if reduction is not None:
+        create_reduction(reduction, config, schedule={})
+        if objective != "kl":
+            raise ConfigError(f"--objective {objective}: with --reduction the search looks at the logits (kl)")
     if data not in (None, "digits"):
         raise ConfigError(f"--data is {data!r}; only 'digits' can be made here, a folder is given with --images")
     device = require_device(device)
@@ -97,19 +105,20 @@ def search_plan(
         given, said = dead_leaves(config, count, seed), "generated images"
     try:
         with fast_scan(device, model.config.d_inner, model.config.d_state):
-            return optimize_plan(
-                model,
-                parse_budget(budget, model.config, table),
-                given,
-                off_centre=bool(files),
-                objective=objective,
-                seconds=600.0 if seconds is None and evaluations is None else seconds,
-                evaluations=evaluations,
-                seed=seed,
-                data=said,
-                better=(lambda plan, value: plan.save(save)) if save else None,
-                report=_Line() if show_progress and sys.stderr.isatty() else None,
-            )
+            limit = parse_budget(budget, model.config, table)
+            common: dict[str, Any] = {
+                "off_centre": bool(files),
+                "seconds": 600.0 if seconds is None and evaluations is None else seconds,
+                "evaluations": evaluations,
+                "seed": seed,
+                "data": said,
+                "report": _Line() if show_progress and sys.stderr.isatty() else None,
+            }
+            if reduction is not None:
+                keep_schedule = (lambda found, value: save_reduction(found, save)) if save else None
+                return optimize_schedule(model, reduction, limit, given, better=keep_schedule, **common)
+            keep_plan = (lambda plan, value: plan.save(save)) if save else None
+            return optimize_plan(model, limit, given, objective=objective, better=keep_plan, **common)
     finally:
         if show_progress and sys.stderr.isatty():
             print(file=sys.stderr)

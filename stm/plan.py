@@ -33,6 +33,23 @@ class Group:
     target: int
 
 
+def write_aside(path: Path, text: str, what: str) -> None:
+    """Write a text file; an existing one is replaced only when the new one is whole.
+
+    Raises:
+        PlanError: it cannot be written.
+    """
+    aside = path.with_name(path.name + ".part")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        raise PlanError(f"cannot write {what} {path}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
 @dataclass(frozen=True)
 class MergePlan:
     """A fixed merge plan for one model at one image size.
@@ -226,16 +243,7 @@ class MergePlan:
         Raises:
             PlanError: the file cannot be written.
         """
-        path = Path(path)
-        aside = path.with_name(path.name + ".part")
-        try:
-            aside.write_text(self.to_json(), encoding="utf-8")
-            os.replace(aside, path)
-        except OSError as error:
-            raise PlanError(f"cannot write plan {path}: {error.strerror or error}") from None
-        finally:
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
+        write_aside(Path(path), self.to_json(), "plan")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MergePlan:

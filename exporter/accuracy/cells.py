@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from stm.reduction import (
     create_reduction,
     even_schedule,
     freeze,
+    load_reduction,
     matching_flops,
     reduction_gflops_true,
     reduction_summary,
@@ -106,12 +109,14 @@ def parse_methods(names: Sequence[str], plans: Sequence[str] = ()) -> list[str]:
 
 @dataclass(frozen=True)
 class Cell:
-    """A method at a budget: one row of the table in each variant. `like`: the plan whose schedule a rival takes."""
+    """A method at a budget: one row of the table in each variant. `plan`, `reduction`: a file of the user's; `like`: the plan whose
+    schedule a rival takes."""
 
     name: str
     budget: Budget
     plan: MergePlan | None = None
     like: MergePlan | None = None
+    reduction: Reduction | None = None
 
     @property
     def family(self) -> str:
@@ -175,7 +180,9 @@ class Bench:
             return self._planned(cell.plan)
         if cell.name in OURS:
             return self._ours(cell.name, cell.budget)
-        if cell.like is not None:
+        if cell.reduction is not None:
+            method, reduction = cell.reduction.method, cell.reduction
+        elif cell.like is not None:
             method = cell.name.partition(AT)[0]
             reduction = scheduled_like(self.config, method, cell.like)
         else:
@@ -304,6 +311,19 @@ def scheduled_like(config: VimConfig, method: str, plan: MergePlan) -> Reduction
     return create_reduction(method, config, schedule=schedule)
 
 
+def load_plan(path: str | os.PathLike[str], config: VimConfig) -> MergePlan | Reduction:
+    """A file of `stm plan`: a merge plan, or the schedule of a method that looks at the image.
+
+    Raises:
+        PlanError: it is neither, or another model's.
+    """
+    try:
+        kind = json.loads(Path(path).read_text(encoding="utf-8")).get("kind")
+    except (OSError, ValueError, AttributeError):
+        kind = None  # the plan's own reader says what is wrong
+    return load_reduction(path, config) if kind == "reduction" else MergePlan.load(path)
+
+
 def plan_digest(plan: MergePlan) -> str:
     return hashlib.sha256(json.dumps(plan.to_dict(), sort_keys=True).encode()).hexdigest()
 
@@ -321,23 +341,25 @@ def plan_text(plan: MergePlan) -> str:
     return f"{words}: {plan.tokens_left} left, TL {plan.token_layers_removed}"
 
 
-def cells(config: VimConfig, methods: Sequence[str], wanted: Sequence[Budget], plans: Mapping[str, Sequence[MergePlan]]) -> list[Cell]:
+def cells(config: VimConfig, methods: Sequence[str], wanted: Sequence[Budget], plans: Mapping[str, Sequence[MergePlan | Reduction]]) -> list[Cell]:
     """All cells, budget by budget; a plan of the user's stands at the budget that it spends, or at one of its own.
 
     Raises:
-        ConfigError: a plan with a method's name, or two plans of one name at one budget. PlanError: a plan of another model.
+        ConfigError: a plan with a method's name, two plans of one name at one budget, or a rival before the layers of what is no plan.
+        PlanError: a plan of another model.
     """
     extra: list[Cell] = []
     for name, files in plans.items():
         if family(name) != "plan" or name in (*GROUPS, "all", "none"):
             raise ConfigError(f"--plan {name}=..: {name!r} is a method of the table; give the plan another name")
         for plan in files:
-            plan.check_fits(config)
-            figures = plan_summary(config, plan)
+            if isinstance(plan, MergePlan):
+                plan.check_fits(config)
+            figures = plan_summary(config, plan) if isinstance(plan, MergePlan) else reduction_summary(plan)
             budget = next((one for one in wanted if one.holds(figures)), Budget(TOKEN_LAYERS, float(plan.token_layers_removed)))
             if any((cell.name, cell.budget) == (name, budget) for cell in extra):
                 raise ConfigError(f"--plan {name}=..: two plans of this name spend {budget.label}; give them different names")
-            extra.append(Cell(name, budget, plan))
+            extra.append(Cell(name, budget, plan) if isinstance(plan, MergePlan) else Cell(name, budget, reduction=plan))
     order = [*wanted, *dict.fromkeys(cell.budget for cell in extra if cell.budget not in wanted)]
     found: list[Cell] = []
     for budget in order:
@@ -345,7 +367,11 @@ def cells(config: VimConfig, methods: Sequence[str], wanted: Sequence[Budget], p
         found += here.values()
         if budget in wanted:
             found += [Cell(name, budget) for name in methods if name != "smaller" and AT not in name]
-        found += [Cell(name, budget, like=here[at].plan) for name in methods if (at := name.partition(AT)[2]) in here]
+        for name in methods:
+            if (at := name.partition(AT)[2]) in here:
+                if here[at].plan is None:
+                    raise ConfigError(f"method {name!r} takes the layers of a merge plan, and {at} is a method's schedule; leave it out")
+                found.append(Cell(name, budget, like=here[at].plan))
     return found + [Cell("smaller", AS_IT_IS) for name in methods if name == "smaller"]
 
 

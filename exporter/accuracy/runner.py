@@ -29,7 +29,7 @@ from ..evaluation.subjects import require_device
 from ..files import check_writable
 from ..progress import Steps
 from .budgets import AS_IT_IS, budgets
-from .cells import DEFAULT, Bench, Candidate, Cell, cells, next_smaller, normalised, parse_methods
+from .cells import DEFAULT, Bench, Candidate, Cell, cells, load_plan, next_smaller, normalised, parse_methods
 from .fast_scan import fast_scan
 from .observe import observe
 from .records import RUN_FILE, Records, read_run
@@ -108,7 +108,7 @@ def measure(
     if config.num_classes != NUM_CLASSES:
         raise ConfigError(f"{config.name} has {config.num_classes} classes, the images of stm.data have {NUM_CLASSES}")
     wanted = budgets(config, token_layers, flops)
-    loaded = {name: [plan if isinstance(plan, MergePlan) else MergePlan.load(plan) for plan in files] for name, files in (plans or {}).items()}
+    loaded = {name: [plan if isinstance(plan, MergePlan) else load_plan(plan, config) for plan in files] for name, files in (plans or {}).items()}
     todo = cells(config, names, wanted, loaded)
     if latency is not None:
         from .latency import require_engines

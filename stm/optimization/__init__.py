@@ -8,3 +8,5 @@ from .budget import LatencyTable as LatencyTable
 from .budget import parse_budget as parse_budget
 from .optimizer import Optimized as Optimized
 from .optimizer import optimize_plan as optimize_plan
+from .schedules import OptimizedSchedule as OptimizedSchedule
+from .schedules import optimize_schedule as optimize_schedule

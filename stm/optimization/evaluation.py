@@ -78,7 +78,7 @@ class Divergence:
 
         def enough(batch: int, logits: Tensor, state: Tensor) -> bool:
             found.append(self._distance(self._truth[batch], logits, state).cpu())
-            return rival is not None and _beaten(torch.cat(found), rival)
+            return rival is not None and beaten(torch.cat(found), rival)
 
         self._run(plan, keep, enough)
         return torch.cat(found)
@@ -127,7 +127,8 @@ class Divergence:
         return layer % stride == 0
 
 
-def _beaten(values: Tensor, rival: Tensor) -> bool:
+def beaten(values: Tensor, rival: Tensor) -> bool:
+    """Whether a candidate with these first values cannot, or surely will not, beat one that has `rival`."""
     count = len(values)
     if values.sum() > rival.sum():
         return True

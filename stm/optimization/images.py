@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stm.config import VimConfig
+from stm.errors import ConfigError, ShapeError
 
 SHAPES = 120
+GENERATED = 24  # dead leaves images to search on
+HELD_OUT = 4  # every fourth image is kept for the check
 
 
 def dead_leaves(config: VimConfig, count: int, seed: int = 0) -> Tensor:
@@ -56,3 +60,48 @@ def moved(images: Tensor, seed: int = 0) -> Tensor:
     height, width = images.shape[-2:]
     steps = 0.25 + 0.5 * torch.rand(len(images), 2, generator=g)
     return torch.stack([image.roll((int(dy * height), int(dx * width)), (-2, -1)) for image, (dy, dx) in zip(images, steps.tolist(), strict=True)])
+
+
+@dataclass(frozen=True)
+class SearchImages:
+    """Batches to search on and to check with, on the model's device; how many images that are, and what they are in words."""
+
+    batches: list[Tensor]
+    checks: list[Tensor]
+    images: int
+    held_out: int
+    data: str
+
+
+def search_images(
+    config: VimConfig,
+    device: torch.device,
+    images: Tensor | None,
+    held_out: Tensor | None,
+    off_centre: bool,
+    seed: int,
+    batch: int | None,
+    data: str | None,
+) -> SearchImages:
+    """What a search runs on: the arguments are those of `optimize_plan`.
+
+    Raises:
+        ConfigError: no images. ShapeError: images that do not fit.
+    """
+    if images is None:
+        images, off_centre, data = dead_leaves(config, GENERATED * HELD_OUT // (HELD_OUT - 1), seed), False, data or "generated images"
+    height, width = config.image_size
+    if images.dim() != 4 or tuple(images.shape[1:]) != (3, height, width):
+        raise ShapeError(f"images have shape {tuple(images.shape)}, expected (n, 3, {height}, {width}), normalised")
+    if not len(images):
+        raise ConfigError("no images to search on; give a few, or none at all for generated ones")
+    if held_out is None:
+        kept = torch.arange(len(images)) % HELD_OUT == HELD_OUT - 1
+        images, held_out = images[~kept], images[kept]
+    if off_centre:
+        images, held_out = (torch.cat([part, moved(part, seed)]) if len(part) else part for part in (images, held_out))
+    # Batches alike: a plan that is out after the first one is out for what it does, not for where its images came from.
+    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
+    size = batch or (128 if device.type == "cuda" else 16)
+    batches, checks = ([part.to(device) for part in torch.split(whole, size)] if len(whole) else [] for whole in (images, held_out))
+    return SearchImages(batches, checks, len(images), len(held_out), data or "given images")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from stm.calibration import calibrate_constants
-from stm.errors import ConfigError, ShapeError
 from stm.factory import with_plan
 from stm.plan import MergePlan
 from stm.vim import VisionMamba
@@ -18,11 +17,9 @@ from stm.vim import VisionMamba
 from .budget import Budget, parse_budget
 from .constants import flat_constants, quadratic, ridge, size_constants, with_constants
 from .evaluation import Divergence
-from .images import dead_leaves, moved
+from .images import HELD_OUT, search_images
 from .search import DROP, WEIGHTS, Limits, Progress, Search, paper_plan
 
-GENERATED = 24  # dead leaves images to search on
-HELD_OUT = 4  # every fourth image is kept for the check
 SEARCH_SHARE = 0.75  # of the limits; the rest is for least squares
 RIDGES = (1.0, 0.1, 0.01)
 LEAST_SQUARES_STEPS = 4
@@ -147,34 +144,18 @@ def optimize_plan(
     config, device = model.config, next(model.parameters()).device
     if isinstance(budget, str):
         budget = parse_budget(budget, config)
-    if seconds is None and evaluations is None:
-        raise ConfigError("a search needs a limit: give seconds or evaluations")
-    for name, limit in (("seconds", seconds), ("evaluations", evaluations)):
-        if limit is not None and limit <= 0:
-            raise ConfigError(f"{name} is {limit}; it must be positive")
-    limits = Limits(seconds, evaluations)
-    if images is None:
-        images, off_centre, data = dead_leaves(config, GENERATED * HELD_OUT // (HELD_OUT - 1), seed), False, data or "generated images"
-    _check_images(images, config.image_size)
-    if held_out is None:
-        kept = torch.arange(len(images)) % HELD_OUT == HELD_OUT - 1
-        images, held_out = images[~kept], images[kept]
-    if off_centre:
-        images, held_out = (torch.cat([part, moved(part, seed)]) if len(part) else part for part in (images, held_out))
-    # Batches alike: a plan that is out after the first one is out for what it does, not for where its images came from.
-    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
-    size = batch or (128 if device.type == "cuda" else 16)
-    batches, checks = ([part.to(device) for part in torch.split(whole, size)] if len(whole) else [] for whole in (images, held_out))
-    divergence = Divergence(model, batches, objective)
+    limits = Limits.of(seconds, evaluations)
+    looked = search_images(config, device, images, held_out, off_centre, seed, batch, data)
+    divergence = Divergence(model, looked.batches, objective)
     search = Search(divergence, budget, weights=weights, limits=limits, seed=seed, better=better, report=report)
     search.share = SEARCH_SHARE if least_squares else 1.0
     state = search.run()
     plan, value, stopped = search.plan(state), search.best_value, search.stopped
     if least_squares and plan.merges and stopped != "interrupted":
-        plan, value = _least_squares(model, search, plan, value, batches, objective, seed)
+        plan, value = _least_squares(model, search, plan, value, looked.batches, objective, seed)
         stopped = search.stopped
     start = paper_plan(config, budget)
-    check = Divergence(model, checks, objective) if checks else None
+    check = Divergence(model, looked.checks, objective) if looked.checks else None
     return Optimized(
         plan=plan,
         start=start,
@@ -183,21 +164,14 @@ def optimize_plan(
         stopped=stopped,
         evaluations=search.evaluations,
         seconds=round(limits.elapsed, 1),
-        images=len(images),
-        held_out_images=len(held_out),
+        images=looked.images,
+        held_out_images=looked.held_out,
         divergence=value,
         start_divergence=search.start[1] if search.start else None,
         held_out=float(check(plan).mean()) if check else None,
         start_held_out=float(check(start).mean()) if check and start else None,
-        data=data or "given images",
+        data=looked.data,
     )
-
-
-def _check_images(images: Tensor, image_size: tuple[int, int]) -> None:
-    if images.dim() != 4 or tuple(images.shape[1:]) != (3, *image_size):
-        raise ShapeError(f"images have shape {tuple(images.shape)}, expected (n, 3, {image_size[0]}, {image_size[1]}), normalised")
-    if not len(images):
-        raise ConfigError("no images to search on; give a few, or none at all for generated ones")
 
 
 def _least_squares(

@@ -185,6 +185,18 @@ class Limits:
     evaluations: int | None
     began: float = field(default_factory=time.monotonic)
 
+    @classmethod
+    def of(cls, seconds: float | None, evaluations: int | None) -> Limits:
+        """Raises:
+        ConfigError: neither, or one that is not positive.
+        """
+        if seconds is None and evaluations is None:
+            raise ConfigError("a search needs a limit: give seconds or evaluations")
+        for name, limit in (("seconds", seconds), ("evaluations", evaluations)):
+            if limit is not None and limit <= 0:
+                raise ConfigError(f"{name} is {limit}; it must be positive")
+        return cls(seconds, evaluations)
+
     @property
     def elapsed(self) -> float:
         return time.monotonic() - self.began

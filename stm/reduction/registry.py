@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from stm.config import VimConfig
 from stm.errors import PlanError
-from stm.plan import make_plan, preset_schedule
+from stm.plan import make_plan, preset_schedule, write_aside
 
 from .base import Reduction
 from .famba_v import FambaV, strategy_layers
@@ -116,13 +119,16 @@ def create_reduction(name: str, config: VimConfig, preset: str | None = None, sc
 
 
 def parse_reduction(text: str, config: VimConfig) -> Reduction:
-    """A method as the command line writes it: METHOD[:PRESET][,OPTION=VALUE..], for example "r-meeto:tl-792,metric=delta".
+    """A method as the command line writes it: METHOD[:PRESET][,OPTION=VALUE..], for example "r-meeto:tl-792,metric=delta", or FILE.json
+    that `save_reduction` wrote.
 
     Without a preset it is that of the STM paper's table 2.
 
     Raises:
-        PlanError: an unknown method, preset or option, or a value that does not fit.
+        PlanError: an unknown method, preset or option, a value that does not fit, or a file that cannot be read or is another model's.
     """
+    if text.endswith(".json"):
+        return load_reduction(text, config)
     name, _, rest = text.partition(":")
     preset, options = "table2", {}
     for index, part in enumerate(piece.strip() for piece in rest.split(",")) if rest else ():
@@ -160,6 +166,44 @@ def from_description(described: Mapping[str, Any], config: VimConfig) -> Reducti
         raise PlanError(f"{described.get('method')}: its options were not noted; make it with stm.reduction.create_reduction")
     schedule = {int(layer): count for layer, count in described["schedule"].items()}
     return create_reduction(described["method"], config, schedule=schedule, **described["options"])
+
+
+KIND, SCHEMA = "reduction", 1
+
+
+def save_reduction(reduction: Reduction, path: str | os.PathLike[str]) -> None:
+    """Write a method with its schedule; an existing file is replaced only when the new one is whole.
+
+    Raises:
+        PlanError: its options were not noted, or the file cannot be written.
+    """
+    described = reduction.describe()
+    if described["options"] is None:
+        raise PlanError(f"{reduction.name}: its options were not noted; make it with stm.reduction.create_reduction")
+    config = reduction.config
+    data = {"schema": SCHEMA, "kind": KIND, "model": config.name, "image_size": list(config.image_size), "seqlen": config.seqlen, **described}
+    write_aside(Path(path), json.dumps(data, indent=1) + "\n", "reduction")
+
+
+def load_reduction(path: str | os.PathLike[str], config: VimConfig) -> Reduction:
+    """The method that `save_reduction` wrote.
+
+    Raises:
+        PlanError: no such file, not one of a reduction, or another model's; names both.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = (data.get("kind"), data.get("schema"))
+        if found != (KIND, SCHEMA):
+            raise PlanError(f"{path}: kind and schema are {found}, expected {(KIND, SCHEMA)}: give a file of `stm plan --optimize --reduction`")
+        sizes = (data["model"], data["seqlen"])
+        if sizes != (config.name, config.seqlen):
+            raise PlanError(f"{path} is for {sizes[0]} with {sizes[1]} tokens, the model is {config.name} with {config.seqlen}: search it again")
+        return from_description(data, config)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, PlanError):
+            raise
+        raise PlanError(f"cannot read the reduction {path}: {type(error).__name__}: {error}") from None
 
 
 def method_schedule(name: str, config: VimConfig, preset: str) -> dict[int, int]:

@@ -38,7 +38,7 @@ from exporter.errors import ArtefactError, BuildError
 from stm import PRESETS, ConfigError, MergePlan, PlanError, VimConfig, VisionMamba, make_plan, model_config, plan_summary, with_plan
 from stm.data import DigitPairs
 from stm.flops import gflops_true
-from stm.reduction import METHODS, create_reduction, reduction_gflops_true, with_reduction
+from stm.reduction import METHODS, create_reduction, reduction_gflops_true, save_reduction, schedule_text, with_reduction
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "accuracy.md"
 TINY = VimConfig("vim-tiny-test", 16, depth=4, d_state=4, image_size=(96, 96), num_classes=100)  # 36 patches
@@ -367,6 +367,23 @@ def test_what_another_call_left_is_still_left(tmp_path: Path) -> None:
     again = measure(tiny(), tmp_path, **QUICK, methods=["tome"])
     assert (again.whole, again.head["left"]) == (False, 2), "mtr at two budgets"
     assert measure(tiny(), tmp_path, **QUICK, methods=["mtr"]).whole
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_searched_schedule_is_a_row_at_the_budget_that_it_spends(tmp_path: Path) -> None:
+    reduction = create_reduction("utr", TINY, schedule={2: 10})
+    save_reduction(reduction, tmp_path / "utr.json")
+    chosen = {**QUICK, "flops": [], "token_layers": [reduction.token_layers_removed]}
+    run = measure(tiny(), tmp_path / "run", **chosen, methods=["utr", "mtr"], plans={"utr-best": [tmp_path / "utr.json"]})
+    row = next(row for row in run.rows if row.name == "utr-best")
+    assert (row.family, row.budget) == ("plan", f"TL {reduction.token_layers_removed}")
+    assert row.schedule == schedule_text(reduction)
+    wanted = Bench(tiny()).make(Cell("utr-best", budgets(TINY, [20], [])[0], reduction=reduction)).model
+    pixels, labels = images(10)
+    with torch.no_grad():
+        assert (wanted(normalised(pixels, TINY)).argmax(1) == labels).tolist() == list(row.right)
+    with pytest.raises(ConfigError, match="takes the layers of a merge plan, and utr-best is a method's schedule"):
+        measure(tiny(), tmp_path / "run", **chosen, methods=["mtr@utr-best"], plans={"utr-best": [tmp_path / "utr.json"]})
 
 
 @pytest.mark.usefixtures("no_plots")

@@ -12,6 +12,7 @@ from PIL import Image
 from exporter.cli import main
 from exporter.plan_search import digits, image_files
 from stm import ConfigError, MergePlan, gflops_true, model_config
+from stm.reduction import load_reduction, reduction_gflops_true
 
 pytestmark = pytest.mark.usefixtures("tiny_vim_t")
 RANDOM = ["plan", "--model", "vim-t", "--image-size", "64", "--weights", "random"]
@@ -49,6 +50,24 @@ def test_it_writes_an_ordinary_plan_within_the_budget(tmp_path: Path, capsys: py
         assert word in words
 
 
+def test_the_schedule_of_a_method_is_searched_and_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "tome.json"
+    assert main([*SEARCH, "--reduction", "tome", "-o", str(path), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    config = model_config("vim-t", 64)
+    reduction = load_reduction(path, config)
+    assert reduction_gflops_true(reduction) <= 0.8 * gflops_true(config)
+    assert {int(layer): count for layer, count in answer["schedule"].items()} == reduction.schedule
+    assert answer["optimization"]["held_out_images"] == 2
+    onnx = tmp_path / "tome.onnx"
+    assert main(["export", "--model", "vim-t", "--image-size", "64", "--weights", "random", "--reduction", str(path), "-o", str(onnx), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["exit_code"] == 0
+    assert main([*SEARCH, "--reduction", "tome"]) == 0
+    words = capsys.readouterr().out
+    for word in ("schedule", "before", "evenly from layer 1", "budget"):
+        assert word in words
+
+
 def test_it_searches_on_a_folder_of_pictures(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SEARCH, "--images", str(pictures)]) == 0
     assert f"5 images of {pictures}" in capsys.readouterr().out
@@ -70,6 +89,10 @@ def test_it_searches_on_a_folder_of_pictures(pictures: Path, capsys: pytest.Capt
         (["--optimize", "--budget", "1ms"], "--latency-table"),
         (["--optimize", "--budget", "0.6x", "--latency-table", "none.json"], "cannot read latency table none.json"),
         (["--optimize", "--budget", "0.6x", "-o", "plan.txt"], "give .json"),
+        (["--reduction", "tome"], "--reduction belongs to --optimize"),
+        (["--optimize", "--budget", "0.8x", "--reduction", "tame"], "no reduction 'tame'"),
+        (["--optimize", "--budget", "0.8x", "--reduction", "tome", "--objective", "state"], "--objective state"),
+        (["--optimize", "--budget", "0.8x", "--reduction", "tome", "--draw", "x.png"], "no one plan to draw"),
     ],
 )
 def test_what_cannot_be_done_is_refused(
