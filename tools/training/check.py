@@ -91,6 +91,21 @@ def seconds(work: Callable[[], object], rounds: int = 10) -> float:
     return (time.perf_counter() - start) / rounds
 
 
+def where_the_time_goes(work: Callable[[], object], rows: int = 16) -> list[str]:
+    """The GPU's time in one call, by kernel."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        work()
+        torch.cuda.synchronize()
+    kernels = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in kernels)
+    return [f"one step: {total / 1000:.1f} ms in kernels"] + [
+        f"  {event.self_device_time_total / total:5.1%} {event.self_device_time_total / 1000:7.2f} ms {event.count:5} x {event.key[:100]}"
+        for event in kernels[:rows]
+    ]
+
+
 def main() -> int:
     config = model_config(sys.argv[1] if len(sys.argv) > 1 else "vim-n")
     batch = int(sys.argv[2]) if len(sys.argv) > 2 else 256
@@ -118,8 +133,15 @@ def main() -> int:
     print(f"GPU and CPU images differ by at most {int(off.max())}, in {float((off > 0).float().mean()):.2%} of the values")
     model = TrainingVim(config.with_changes(num_classes=100), 0, "triton", torch.bfloat16).cuda()
     images = torch.randn(batch, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
-    step = seconds(lambda: model(images).square().mean().backward())
+
+    def forward_backward() -> None:
+        model.zero_grad(set_to_none=True)
+        model(images).square().mean().backward()
+
+    step = seconds(forward_backward)
     print(f"forward and backward of {config.name}: {batch / step:.0f} images a second, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    for line in where_the_time_goes(forward_backward):
+        print(line)
     print("kernels ok" if worst <= 1 else "kernels WRONG")
     return 0 if worst <= 1 else 1
 
