@@ -370,6 +370,16 @@ def test_what_another_call_left_is_still_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_plots")
+def test_what_is_recorded_is_not_left_when_the_time_is_up(tmp_path: Path) -> None:
+    first, other = (make_plan(TINY, schedule={1: (count, 3)}, weights="mean") for count in (3, 4))
+    measure(tiny(), tmp_path, **QUICK, methods=["stm"], plans={"mine": [first]})
+    again = measure(tiny(), tmp_path, **QUICK, methods=["stm"], plans={"mine": [first]}, minutes=0)
+    assert again.whole
+    changed = measure(tiny(), tmp_path, **{**QUICK, "token_layers": [first.token_layers_removed]}, methods=[], plans={"mine": [other]}, minutes=0)
+    assert not changed.whole, "another plan of that name"
+
+
+@pytest.mark.usefixtures("no_plots")
 def test_a_searched_schedule_is_a_row_at_the_budget_that_it_spends(tmp_path: Path) -> None:
     reduction = create_reduction("utr", TINY, schedule={2: 10})
     save_reduction(reduction, tmp_path / "utr.json")
