@@ -30,7 +30,7 @@ from stm.vim import VisionMamba
 from .model import DECAYED, TrainingVim, from_state_dict, to_state_dict
 
 CALIBRATION = (40, 120)
-"""Steps between which speed is measured when --total-minutes decides the number of steps; all within the warm-up."""
+"""Steps between which speed is measured when --total-minutes decides the number of steps. A shorter warm-up stays at its peak until then."""
 SAVE_SECONDS = 90.0
 RESERVE_SECONDS = 30.0  # of a slot, for the last save and the judgement
 
@@ -69,12 +69,27 @@ def recipe_config(name: str) -> VimConfig:
 
 
 def learning_rate(recipe: Recipe, step: int, total: int | None) -> float:
-    """Linear warm-up, then a cosine to `final_lr`. Before `total` is known training is in the warm-up."""
+    """Linear warm-up, then a cosine to `final_lr`; while `total` is unknown the warm-up and its peak."""
     rise = min(1.0, (step + 1) / recipe.warmup)
     if total is None or step < recipe.warmup:
         return recipe.lr * rise
     progress = min(1.0, (step - recipe.warmup) / max(1, total - recipe.warmup))
     return recipe.lr * (recipe.final_lr + (1 - recipe.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def clutter_at(recipe: Recipe, step: int) -> float:
+    """Share of the images' clutter at a step: linear within the ramp, all of it from the ramp's end."""
+    begin, end = recipe.ramp
+    return 1.0 if step >= end else max(0.0, (step - begin) / max(1, end - begin))
+
+
+def _check(recipe: Recipe) -> None:
+    if recipe.steps < 1 or recipe.warmup < 1:
+        raise SystemExit(f"steps {recipe.steps}, warmup {recipe.warmup}: both must be at least 1")
+    if recipe.batch < 1 or recipe.batch % len(VARIANTS):
+        raise SystemExit(f"batch {recipe.batch}: must be a multiple of {len(VARIANTS)}, as many images of each variant")
+    if not 0 <= recipe.ramp[0] <= recipe.ramp[1]:
+        raise SystemExit(f"ramp {recipe.ramp[0]} {recipe.ramp[1]}: the second step must not come before the first, the first not before 0")
 
 
 def pair_loss(logits: Tensor, labels: Tensor, recipe: Recipe) -> Tensor:
@@ -160,6 +175,7 @@ class Trainer:
         elif init is not None:
             self.settings["init"] = {"sha256": file_sha256(init), **_training_of(init)}
         self.recipe = Recipe(**self.settings["recipe"])
+        _check(self.recipe)
         self.config = recipe_config(name)
         self.model = TrainingVim(self.config, self.settings["seed"], backend, self.dtype).to(self.device)
         if state is None and init is not None:
@@ -204,8 +220,7 @@ class Trainer:
         half = self.recipe.batch // len(self.data)
         first = self.settings.get("init", {}).get("images", 0) // len(self.data) + step * half
         indices = torch.arange(first, first + half, device=self.device)
-        begin, end = self.recipe.ramp
-        clutter = 1.0 if step >= end else max(0.0, (step - begin) / (end - begin))
+        clutter = clutter_at(self.recipe, step)
         parts = [images.batch(indices, clutter) for images in self.data]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
@@ -310,7 +325,7 @@ class Trainer:
             self.total_steps = self.recipe.steps
             return
         seconds = (time.monotonic() - since) / (CALIBRATION[1] - CALIBRATION[0])
-        self.total_steps = max(self.recipe.warmup * 2, round(60 * self.settings["total_minutes"] / seconds))
+        self.total_steps = max(self.recipe.warmup * 2, CALIBRATION[1], round(60 * self.settings["total_minutes"] / seconds))
         print(f"{1000 * seconds:.1f} ms a step: {self.total_steps} steps in {self.settings['total_minutes']} minutes", flush=True)
 
     @contextmanager

@@ -7,13 +7,14 @@ Stacked parameters make optimiser, averaging and casts a few launches instead of
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stm.config import VimConfig
+from stm.ops import causal_conv_silu
 from stm.scan import selective_scan
 
 BACKENDS = ("triton", "torch")
@@ -47,7 +48,7 @@ class TrainingVim(nn.Module):
     Args:
         config: sizes; patches must not overlap.
         seed: of the initialisation.
-        backend: "triton" runs the kernels of tools.training.kernels (a GPU, or TRITON_INTERPRET=1), "torch" stm's own ops.
+        backend: "triton" runs tools.training.kernels (a GPU, or TRITON_INTERPRET=1), "torch" stm's own ops.
         dtype: of activations and of the weights in matrix products; parameters, residual stream and scan state are float32.
     """
 
@@ -111,46 +112,46 @@ class TrainingVim(nn.Module):
         patches = F.linear(tiles, self.patch_weight.flatten(1).to(dtype), self.patch_bias.to(dtype))
         cls = self.cls_token.to(dtype).expand(batch, -1, -1)
         residual = torch.cat([patches[:, :p], cls, patches[:, p:]], 1).float() + self.pos_embed
-        half = {name: getattr(self, name).to(dtype).unbind(0) for name in ("in_proj", "out_proj", "x_proj", "dt_weight")}
-        wide = {name: getattr(self, name).unbind(0) for name in ("norm", "conv_weight", "conv_bias", "dt_bias", "D")}
-        A = (-torch.exp(self.A_log)).unbind(0)
-        for layer in range(config.depth):
-            normed = F.rms_norm(residual, (config.d_model,), wide["norm"][layer], config.norm_eps).to(dtype)
-            x, z = F.linear(normed, half["in_proj"][layer]).chunk(2, -1)
-            u = self._conv(x, wide["conv_weight"][layer], wide["conv_bias"][layer])
-            flat = u.flatten(1, 2)
-            x_dbl = torch.bmm(flat, half["x_proj"][layer].transpose(1, 2))
-            delta = torch.bmm(x_dbl[..., : config.dt_rank], half["dt_weight"][layer].transpose(1, 2)).view_as(u)
-            y = self._scan(u, delta, x_dbl.view(*u.shape[:3], -1), A[layer], wide["D"][layer], wide["dt_bias"][layer])
-            residual = residual + F.linear(self._gate(y, z), half["out_proj"][layer])
-        final = F.rms_norm(residual[:, p], (config.d_model,), self.norm_f, config.norm_eps)
+        names = ("norm", "in_proj", "conv_weight", "conv_bias", "x_proj", "dt_weight", "dt_bias", "A", "D", "out_proj")
+        stacks = {name: getattr(self, name) for name in names if name != "A"} | {"A": -torch.exp(self.A_log)}
+        for name in ("in_proj", "out_proj", "x_proj", "dt_weight"):
+            stacks[name] = stacks[name].to(dtype)
+        run: Callable[..., tuple[Tensor, Tensor]] = layer
+        if self.backend == "triton":
+            from . import kernels
+
+            run = kernels.layer
+            stacks["x_proj"] = kernels.pack_x_proj(stacks["x_proj"], config.dt_rank)
+            stacks["A"] = stacks["A"].transpose(2, 3).contiguous()
+        update: Tensor | None = None
+        for weights in zip(*(stacks[name].unbind(0) for name in names), strict=True):
+            residual, update = run(residual, update, *weights, config.norm_eps)
+        total = residual[:, p] if update is None else residual[:, p] + update[:, p]
+        final = F.rms_norm(total, (config.d_model,), self.norm_f, config.norm_eps)
         return F.linear(final, self.head_weight, self.head_bias)
 
-    def _conv(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        if self.backend == "triton":
-            from .kernels import conv_pair
 
-            return conv_pair(x, weight, bias)
-        from stm.ops import causal_conv_silu
+def layer(
+    residual: Tensor, update: Tensor | None, norm: Tensor, in_proj: Tensor, conv_weight: Tensor, conv_bias: Tensor,
+    x_proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, out_proj: Tensor, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What kernels.layer computes, in stm's own ops: residual + update, and what the layer adds to it.
 
-        return torch.stack([causal_conv_silu(x, weight[direction], bias[direction], bool(direction)) for direction in range(2)])
-
-    def _scan(self, u: Tensor, delta: Tensor, x_dbl: Tensor, A: Tensor, D: Tensor, bias: Tensor) -> Tensor:
-        if self.backend == "triton":
-            from .kernels import scan_pair
-
-            return scan_pair(u, delta, x_dbl, A, D, bias)
-        _, B, C = x_dbl.split([self.config.dt_rank, self.config.d_state, self.config.d_state], -1)
-        return torch.stack(
-            [selective_scan(u[k], delta[k], A[k], B[k], C[k], D[k], delta_bias=bias[k], delta_softplus=True, reverse=bool(k)) for k in range(2)]
-        )
-
-    def _gate(self, y: Tensor, z: Tensor) -> Tensor:
-        if self.backend == "triton":
-            from .kernels import gate_pair
-
-            return gate_pair(y, z)
-        return (y[0] + y[1]) * (F.silu(z) * 0.5)
+    Args:
+        residual: (batch, seqlen, d_model); update: the layer before's, none for the first.
+        x_proj: (2, dt_rank + 2 d_state, d_inner); A: (2, d_inner, d_state); the others as the model holds them, of one layer.
+    """
+    if update is not None:
+        residual = residual + update
+    normed = F.rms_norm(residual, residual.shape[-1:], norm, eps).to(in_proj.dtype)
+    x, z = F.linear(normed, in_proj).chunk(2, -1)
+    both = []
+    for k in range(2):
+        u = causal_conv_silu(x, conv_weight[k], conv_bias[k], bool(k))
+        dt, B, C = F.linear(u, x_proj[k]).split([dt_weight.shape[2], A.shape[2], A.shape[2]], -1)
+        delta = F.linear(dt, dt_weight[k])
+        both.append(selective_scan(u, delta, A[k], B, C, D[k], delta_bias=dt_bias[k], delta_softplus=True, reverse=bool(k)))
+    return residual, F.linear((both[0] + both[1]) * (F.silu(z) * 0.5), out_proj)
 
 
 def to_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
