@@ -129,8 +129,7 @@ def compare_logits(got: Sequence[Floats], want: Sequence[Floats], allowed: Toler
             raise ParityError(f"output {index} has shape {a.shape}, the reference {b.shape}")
     g = np.concatenate([np.asarray(a, dtype=np.float64) for a in got])
     w = np.concatenate([np.asarray(b, dtype=np.float64) for b in want])
-    spread = float(w.std())
-    if not np.isfinite(w).all() or spread == 0:
+    if not np.isfinite(w).all() or (spread := float(w.std())) == 0:
         raise ParityError("the reference logits are not finite or all equal; the weights are broken")
     finite = bool(np.isfinite(g).all())
     error = np.abs(g - w) / spread
