@@ -232,7 +232,7 @@ def _bench_parser(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="RIVAL",
-        help="eager, compile, mamba_ssm, onnx, onnx-cpu, deit, engine@N (ours on pieces of N images), or a file",
+        help="eager, compile, mamba_ssm, onnx, onnx-cpu, deit, unmerged (ours without the plan), engine@N (ours on pieces of N images), or a file",
     )
     group.add_argument("--launch", choices=("graph", "plain", "both"), default="graph", help="CUDA graph or plain launches (default graph)")
     group.add_argument("--device", choices=("cpu", "cuda"), help="for .onnx, --runtime onnx and eager (default: a GPU if there is one)")

@@ -2,13 +2,14 @@
 # All GPU checks in one call, on a machine with an NVIDIA GPU, nvcc, cmake, ninja, compute-sanitizer, pytest, TensorRT (Python package and
 # library) and its headers: builds the libraries, runs the kernel test, the sanitizers, every test marked `gpu`, and prints short tables last.
 #   usage: tests/gpu.sh [OUT]        OUT: folder for logs and rows.jsonl (default build/gpu)
-#   TENSORRT_INCLUDE_DIR: TensorRT's headers.  STM_GPU_PARTS: what to run (default "engines accuracy soak latency
-#   reductions bench kernels sanitizers"; STM_GPU_REDUCTIONS: which methods).  STM_GPU_SOAK_SECONDS: how long the soaks last (default 60)
-# Parity and build tests run in a dozen processes at once; what is timed runs alone, after them.
+#   TENSORRT_INCLUDE_DIR: TensorRT's headers.  STM_GPU_PARTS: what to run (default "engines sanitizers accuracy soak latency
+#   reductions bench kernels trtexec"; STM_GPU_REDUCTIONS: which methods).  STM_GPU_SOAK_SECONDS: how long the soaks last (default 60)
+#   STM_TRTEXEC: NVIDIA's trtexec, where it is not on the PATH
+# Parity and build tests and sanitizers run in some fifteen processes at once; what is timed runs alone, after them.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "${1:-build/gpu}" && cd "${1:-build/gpu}" && pwd)
-parts=" ${STM_GPU_PARTS:-engines accuracy soak latency reductions bench kernels sanitizers} "
+parts=" ${STM_GPU_PARTS:-engines sanitizers accuracy soak latency reductions bench kernels trtexec} "
 include=${TENSORRT_INCLUDE_DIR:?set TENSORRT_INCLUDE_DIR to the folder of NvInfer.h}
 : > "$out/summary.txt"; rm -rf "$out/rows.jsonl" "$out/failed" "$out/portables"
 note() { printf '%-20s %s\n' "$1" "$2" | tee -a "$out/summary.txt"; }
@@ -37,6 +38,30 @@ samples() {
   step samples gpu_tests tests/samples
   STM_GPU_MODELS=vim-t STM_GPU_RATES=0.2 step engine-build gpu_tests tests/gpu/test_engine_build.py
 }
+sanitizers() {
+  # the kernels in an engine, on the memory that TensorRT gives them
+  { step sanitized-export python3 -m exporter export --model vim-t --weights random --batch 1:64:128 --opt-level 1 --no-verify -o "$out/sanitized.engine"
+    step engine-memcheck compute-sanitizer --tool memcheck --error-exitcode 9 python3 -m exporter bench "$out/sanitized.engine" --launch both --rounds 3 --round-ms 1; } &
+  for tool in memcheck racecheck initcheck synccheck; do
+    step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$kernel_test" --quick &
+  done
+  wait
+}
+run_trtexec() { # run_trtexec TRTEXEC: builds and runs a lowered model through both ways of loading the plugin
+  local portable=$STM_GPU_PORTABLES/trtexec.onnx shapes way library
+  python3 -m exporter export --model vim-t --weights random --rate 0.2 --no-verify -o "$portable" &&
+  python3 -c 'import onnx, sys; from exporter.passes.tensorrt import lower_tensorrt; onnx.save(lower_tensorrt(onnx.load(sys.argv[1]), "fp16"), sys.argv[2])' \
+    "$portable" "$out/lowered.onnx" || return
+  for way in static dynamic; do
+    library=$([ $way = static ] && echo "${core%.so}_static.so" || echo "$core")
+    for shapes in "--onnx=$out/lowered.onnx --stronglyTyped --minShapes=images:1x3x224x224 --optShapes=images:8x3x224x224 --maxShapes=images:8x3x224x224 --builderOptimizationLevel=1 --skipInference --saveEngine=$out/$way.plan" \
+                  "--loadEngine=$out/$way.plan --shapes=images:8x3x224x224 --useCudaGraph --iterations=50"; do
+      echo "+ trtexec --${way}Plugins=$(basename "$library") $shapes"
+      "$1" "--${way}Plugins=$library" $shapes || return  # unquoted: a list of options
+    done
+  done
+}
+case "$parts" in *" sanitizers "*) sanitizers & ;; esac
 case "$parts" in *" engines "*)
   step doctor python3 -m exporter doctor --require-gpu
   for model in vim-b vim-s vim-t; do
@@ -60,13 +85,11 @@ case "$parts" in *" kernels "*)
   step kernels "$kernel_test"
   step kernel-times "$kernel_test" --time ;;
 esac
-case "$parts" in *" sanitizers "*)
-  for tool in memcheck racecheck initcheck synccheck; do
-    step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$kernel_test" --quick
-  done
-  # the kernels in an engine, on the memory that TensorRT gives them
-  step sanitized-export python3 -m exporter export --model vim-t --weights random --batch 1:64:128 --opt-level 1 --no-verify -o "$out/sanitized.engine"
-  step engine-memcheck compute-sanitizer --tool memcheck --error-exitcode 9 python3 -m exporter bench "$out/sanitized.engine" --launch both --rounds 3 --round-ms 1 ;;
+case "$parts" in *" trtexec "*)
+  if trtexec=$(command -v "${STM_TRTEXEC:-trtexec}"); then
+    step trtexec run_trtexec "$trtexec"
+    grep -hE "Throughput:|GPU Compute Time: min" "$out/trtexec.log" | sed 's/^\[[^]]*\] \[I\] /  /' | tee -a "$out/summary.txt"
+  else note trtexec "not on this machine: set STM_TRTEXEC to try the plugin with it"; fi ;;
 esac
 python3 tests/gpu_table.py "$out" || touch "$out/failed"
 cat "$out/summary.txt"

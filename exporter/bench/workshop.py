@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..files import written_aside
 from .backends import DTYPES, Backend, EngineBackend, OnnxBackend, TorchBackend, release, require_cuda
 from .results import Case
 
-KINDS = ("eager", "compile", "mamba_ssm", "onnx", "onnx-cpu", "deit")
+KINDS = ("eager", "compile", "mamba_ssm", "onnx", "onnx-cpu", "deit", "unmerged")
 FILE_SUFFIXES = (".engine", ".plan", ".onnx")
 
 
@@ -231,6 +231,14 @@ class Workshop:
             self._deit[key] = make()
         return self._deit[key]
 
+    def unmerged(self, spec: Spec, batch: int) -> Backend:
+        """The same model without its merge plan, as an engine or on a CPU in ONNX Runtime: what merging gains."""
+        whole = replace(spec, rate="0", plan=None)
+        if self.device != "cuda":
+            return OnnxBackend("unmerged", lambda: self.portable(whole).SerializeToString(), spec.image_size, self.device)
+        made = self.engine(whole, batch)
+        return EngineBackend("unmerged", made.engine, spec.image_size, spec.precision, engine_bytes=made.engine_bytes, notes=made.notes)
+
     def file(self, path: Path) -> tuple[Backend, Spec]:
         """A file as a backend, and what it was made from.
 
@@ -270,6 +278,8 @@ class Workshop:
         if kind in ("onnx", "onnx-cpu"):
             where = "cpu" if kind == "onnx-cpu" else device
             return OnnxBackend(kind, lambda: self.portable(spec).SerializeToString(), size, where, self.weights(spec))
+        if kind == "unmerged":
+            return self.unmerged(spec, batch)
         if kind == "deit":
             if device != "cuda":
                 raise MissingDependencyError("DeiT is timed as a TensorRT engine, which needs an NVIDIA GPU")

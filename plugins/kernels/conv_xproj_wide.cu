@@ -1,6 +1,7 @@
 // conv_xproj_wide.cu: both convs + SiLU + x_proj for many tokens: a block takes both directions of its tokens, so that x
 // and the weights come from L2 once for many of them. u is made in the registers that x_proj takes as its A operand and
 // never stored.
+#include <algorithm>
 #include <climits>
 
 #include "conv_xproj_impl.h"
@@ -284,8 +285,8 @@ struct Division {
 
 // Up to two blocks a multiprocessor, the fullest one sets the time, by its tokens t (as 105 + t for ViM-S on an H100): so
 // the least of 64, 96, 64 + 64, 96 + 64, 96 + 96 that suffices. Blocks are dealt in order, one to each multiprocessor
-// before any gets its second: of 96 + 64 the 96 come first, at most one for each. Beyond that 96: they read weights less
-// often.
+// before any gets its second: of 96 + 64 the 96 come first, at most one for each. Beyond that rounds of
+// 96, which read weights less often, and blocks of 64 for what is left where that ends sooner.
 Division division_of(const ConvXProjParams& p, int64_t groups_of_tile, int64_t processors) {
   const int64_t batch = p.batch;
   const int64_t in_long = (p.seqlen + kLongGroup - 1) / kLongGroup;
@@ -298,7 +299,25 @@ Division division_of(const ConvXProjParams& p, int64_t groups_of_tile, int64_t p
     const int64_t blocks = long_tiles + tiles(batch - images, in_short);
     if (blocks <= 2 * processors) return {images, long_tiles, blocks};
   }
-  return {batch, all_long, all_long};
+  const int64_t round = 2 * processors;
+  auto cost = [&](int64_t longs, int64_t shorts) {
+    int64_t time = 0;
+    for (int64_t from = 0; from < longs + shorts; from += round) {
+      const int64_t here = std::min(round, longs + shorts - from), first = from < longs ? 96 : 64;
+      const int64_t second = here <= processors ? 0 : from + processors < longs ? 96 : 64;
+      time += 105 + first + second;
+    }
+    return time;
+  };
+  Division best = {batch, all_long, all_long};
+  int64_t least = cost(all_long, 0);
+  for (int64_t rounds = 1; rounds * round < all_long; rounds++) {
+    const int64_t in_rounds = std::min(batch, rounds * round * groups_of_tile / in_long);
+    const int64_t longs = tiles(in_rounds, in_long), shorts = tiles(batch - in_rounds, in_short);
+    const int64_t time = cost(longs, shorts);
+    if (time < least) least = time, best = {in_rounds, longs, longs + shorts};
+  }
+  return best;
 }
 
 template <typename T, int kTiles>

@@ -200,5 +200,11 @@ __device__ __forceinline__ void copy_async_line16(void* dst, const void* src) {
                "l"(src)
                : "memory");
 }
+// The same; zeros if not `valid` (the source is not read then).
+__device__ __forceinline__ void copy_async_line16(void* dst, const void* src, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(dst)),
+               "l"(src), "r"(valid ? 16 : 0)
+               : "memory");
+}
 
 }  // namespace stm

@@ -1,6 +1,7 @@
 // mamba_scan_walk.cu: the scan for large batches and long sequences: conv + SiLU, dt_proj, both scans, D, sum and gate
 // in one kernel on tensor cores (d_state 16). Bound by instruction issue and exponentials, not by bytes: the chunk loop
-// issues 118 instructions a token for a warp of 32 channels, 64 for one of 16, and whatever is added there costs time.
+// issues 121 instructions a token for a warp of 32 channels, 65 for one of 16, and whatever is added there costs time. What
+// has to wait (convolution, softplus, shared memory) is made for the next chunk beside the walk of this one.
 #include <algorithm>
 #include <cfloat>
 #include <climits>
@@ -25,8 +26,8 @@ struct WalkTraits {
   static constexpr int kChannels = 16 * kTiles; // of a warp
   static constexpr int kOwn = 2 * kTiles;       // of a lane
   static constexpr int kThreads = 64;           // one warp forward, one backward, over the same channels
-  // 168 registers: the walk of 32 channels unrolls without spills. Half as many channels want half as many.
-  static constexpr int kBlocksPerSM = kTiles == 2 ? 6 : 8;
+  // Up to 168 registers: the walk unrolls, beside what the next chunk needs, without spills.
+  static constexpr int kBlocksPerSM = kEndOnly ? 8 : 6;
   static constexpr int kTile = kTiles == 2 ? 80 : 48;  // bytes of a staged token of x, z, y: no bank conflicts
   static constexpr int kMaxRow = kSteps > 3 ? 96 : kSteps > 2 ? 80 : 64;  // elements
   static constexpr int kRowCopies = (kMaxRow + 31) / 32;                  // of 16 bytes of eight rows, a lane
@@ -125,11 +126,13 @@ __device__ __forceinline__ void pair_barrier() { asm volatile("bar.sync 1, 64;" 
 // h, a: [m-tile i][n-tile j][r]: channel 2 kTiles g + 2i + (r >> 1), state q + 4 k, k = 0 for (j, r & 1) = (1, 1).
 // y: [m-tile i][r]: channel the same, scan position 2q + (r & 1).
 // kPolynomial moves the exponentials of k = 0, a quarter, to the FMA pipe: 4 % faster, more is slower.
-template <bool kPolynomial, int kUnroll, typename Traits>
+// between(t) is what the caller computes beside token t.
+template <bool kPolynomial, int kUnroll, typename Traits, typename Between>
 __device__ __forceinline__ void walk_chunk(const typename WarpShared<Traits>::Channels& channels,
                                            const typename WarpShared<Traits>::Fragments* bc,
                                            const float (&a)[Traits::kTiles][2][4], float (&h)[Traits::kTiles][2][4],
-                                           const uint32_t (&u_delta)[Traits::kTiles][2], float (&y)[Traits::kTiles][4]) {
+                                           const uint32_t (&u_delta)[Traits::kTiles][2], float (&y)[Traits::kTiles][4],
+                                           Between between) {
   constexpr int kTiles = Traits::kTiles;
 #pragma unroll kUnroll
   for (int t = 0; t < 8; t++) {
@@ -155,6 +158,11 @@ __device__ __forceinline__ void walk_chunk(const typename WarpShared<Traits>::Ch
                                    Pair<__half>::pack(h[i][1][0], h[i][1][1]), Pair<__half>::pack(h[i][1][2], h[i][1][3])),
                         make_uint2(fragments.z, fragments.w));
     }
+    if constexpr (kUnroll == 8) between(t);
+  }
+  if constexpr (kUnroll != 8) {
+#pragma unroll
+    for (int t = 0; t < 8; t++) between(t);
   }
 }
 
@@ -326,7 +334,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
   char* row_target = kept(shared.rows + lane * 16);
   auto stage = [&] {  // the next chunk, or outside of the piece what nobody reads
     auto copy_x = [&](char* target) {
-      copy_async16(target, x_source, static_cast<unsigned>(x_token) < static_cast<unsigned>(L));
+      copy_async_line16(target, x_source, static_cast<unsigned>(x_token) < static_cast<unsigned>(L));
     };
     if (kTiles == 2 || lane < 22) copy_x(x_target);
     x_source = moved(x_source, x_step), x_token += t_step;
@@ -351,8 +359,8 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
   constexpr int kPerPiece = 16 / sizeof(Bits);
   int out_step = sign * 8 * kPerPiece * E16, out_second = sign * kPerPiece * E16;
   Bits* out_target = reinterpret_cast<Bits*>(y_image) + static_cast<int64_t>(t0 + k_first) * kPerPiece * E16 + g;
-  // Tokens exist below L. Those of a chunk are told by x_token, which is two chunks ahead once the next one is staged.
-  const int x_lead = x_token + 2 * t_step - t0, zy_limit = kept(L + x_lead - zy_token);
+  // Tokens exist below L. Those of a chunk are told by x_token, which is three chunks ahead once the one after the next is staged.
+  const int x_lead = x_token + 3 * t_step - t0, zy_limit = kept(L + x_lead - zy_token);
   const int first_limit = kept(L + x_lead - k_first), second_limit = kept(L + x_lead - k_second);
   // in shared memory
   const int row_bytes = p.row * kBytes;
@@ -392,15 +400,17 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
         }
     }
   }
-  copy_async_wait_all();
-  __syncwarp();
-#pragma unroll 1
-  for (int left = kept(chunks), until = kept(meeting); left > 0; left--, until--) {
-    // ---- what the chunk needs of shared memory: then the next one may be copied there
-    Bits x[5];
+
+  // What a chunk needs before its walk: read from shared memory, made beside the walk of the chunk before, written when that
+  // one no longer reads it.
+  Bits x[5];
+  float delta[kTiles][4], conv[2][kOwn];  // conv: u, then u delta
+  uint2 b_words[2], c_words;
+  uint32_t u_delta[kTiles][2];
+  float y[kTiles][4], next_y[kTiles][4];
+  auto read = [&] {
 #pragma unroll
     for (int i = 0; i < 5; i++) x[i] = *reinterpret_cast<const Bits*>(window + i * kTile);
-    float delta[kTiles][4];
 #pragma unroll
     for (int i = 0; i < kTiles; i++) {
       const float4 bias = channels->dt_bias[i];
@@ -412,88 +422,93 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
 #pragma unroll
       for (int i = 0; i < kTiles; i++) mma_k16<T>(delta[i], dt_weight[32 * (i * kSteps + k)], v);
     }
-    {
-      const uint2 first = make_uint2(half_bits(b_first + 4 * kBytes, T()), half_bits(b_first, T()));
-      const uint2 second = make_uint2(half_bits(b_second + 4 * kBytes, T()) << 16, half_bits(b_second, T()) << 16);
-      *reinterpret_cast<uint2*>(b_target) = first;
-      *reinterpret_cast<uint2*>(b_target + 32) = second;
-      if constexpr (!Traits::kEndOnly) {
-        const uint32_t c0 = half_bits(c_row, T()), c4 = half_bits(c_row + 4 * kBytes, T());
-        const uint32_t c8 = half_bits(c_row + 8 * kBytes, T()), c12 = half_bits(c_row + 12 * kBytes, T());
-        *reinterpret_cast<uint2*>(&c_target->z) =
-            make_uint2(__byte_perm(c12, c4, 0x5410), __byte_perm(c8, c0, 0x5410));
-      }
+    b_words[0] = make_uint2(half_bits(b_first + 4 * kBytes, T()), half_bits(b_first, T()));
+    b_words[1] = make_uint2(half_bits(b_second + 4 * kBytes, T()) << 16, half_bits(b_second, T()) << 16);
+    if constexpr (!Traits::kEndOnly) {
+      const uint32_t c0 = half_bits(c_row, T()), c4 = half_bits(c_row + 4 * kBytes, T());
+      const uint32_t c8 = half_bits(c_row + 8 * kBytes, T()), c12 = half_bits(c_row + 12 * kBytes, T());
+      c_words = make_uint2(__byte_perm(c12, c4, 0x5410), __byte_perm(c8, c0, 0x5410));
     }
+  };
+  // Of the lane's 2 kOwn values of channel and position, the slice-th eighth.
+  auto make = [&](int slice) {
+#pragma unroll
+    for (int n = 0; n < 2 * kOwn; n++) {
+      if (n * 8 / (2 * kOwn) != slice) continue;
+      const int k = n >> 1, s = n & 1, i = k >> 1, r = 2 * (k & 1) + s;
+      float taps[4];
+#pragma unroll
+      for (int j = 0; j < 4; j++) taps[j] = reinterpret_cast<const float*>(&channels->taps[j])[k];
+      float u = reinterpret_cast<const float*>(&channels->conv_bias)[k];
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        float v[kOwn];
+        Mine::template unpack<T>(x[s + j], v);
+        u = fmaf(taps[j], v[k], u);
+      }
+      u = silu_of_half(u);
+      delta[i][r] = softplus_fast(delta[i][r]);
+      next_y[i][r] = u * reinterpret_cast<const float*>(&channels->skip)[k];
+      conv[s][k] = u * delta[i][r];
+    }
+  };
+  auto write = [&] {
+#pragma unroll
+    for (int i = 0; i < kTiles; i++) {
+      u_delta[i][0] = Pair<__half>::pack(conv[0][2 * i], conv[1][2 * i]);
+      u_delta[i][1] = Pair<__half>::pack(conv[0][2 * i + 1], conv[1][2 * i + 1]);
+#pragma unroll
+      for (int r = 0; r < 4; r++) y[i][r] = next_y[i][r];
+    }
+#pragma unroll 1
+    for (int n = 0; n < scalings; n++) {
+      const int first = x_token + t_step - first_limit + L, second = x_token + t_step - second_limit + L;
+      const float s0 = p.decay_scale[max(min(first, L - 1), 0)], s1 = p.decay_scale[max(min(second, L - 1), 0)];
+#pragma unroll
+      for (int i = 0; i < kTiles; i++) delta[i][0] *= s0, delta[i][1] *= s1, delta[i][2] *= s0, delta[i][3] *= s1;
+    }
+#pragma unroll
+    for (int s = 0; s < 2; s++) {
+      float v[kOwn];
+#pragma unroll
+      for (int k = 0; k < kOwn; k++) v[k] = fminf(delta[k >> 1][2 * (k & 1) + s], limit[k]);
+      delta_target[s] = Mine::make(v);
+    }
+    *reinterpret_cast<uint2*>(b_target) = b_words[0];
+    *reinterpret_cast<uint2*>(b_target + 32) = b_words[1];
+    if constexpr (!Traits::kEndOnly) *reinterpret_cast<uint2*>(&c_target->z) = c_words;
+  };
+  copy_async_wait_all();
+  __syncwarp();
+  read();
+  __syncwarp();
+  stage();
+#pragma unroll
+  for (int slice = 0; slice < 8; slice++) make(slice);
+  write();
+  copy_async_wait_all();
+  __syncwarp();
+#pragma unroll 1
+  for (int left = kept(chunks), until = kept(meeting); left > 0; left--, until--) {
+    if (Traits::kEndOnly) {
+#pragma unroll
+      for (int k = 0; k < kOwn; k++) delta_sum[k] += delta[k >> 1][2 * (k & 1)] + delta[k >> 1][2 * (k & 1) + 1];
+    }
+    read();
     __syncwarp();
     stage();
     if (!Traits::kEndOnly && until <= 0) {
       if (until == 0) pair_barrier();
       const bool exists = x_token < zy_limit;
-      copy_async16(zy_target, z_source, exists);
-      if (kTiles == 2) copy_async16(zy_target + 8 * kTile, y_source, exists);
+      copy_async_line16(zy_target, z_source, exists);
+      if (kTiles == 2) copy_async_line16(zy_target + 8 * kTile, y_source, exists);
       z_source = moved(z_source, z_step);
       if (kTiles == 2) y_source = moved(y_source, y_step);
     }
-
-    // ---- delta, u, D u for the lane's channels at scan positions 2q, 2q + 1
-    uint32_t u_delta[kTiles][2];
-    float y[kTiles][4];
-    {
-      float u[2][kOwn], taps[4][kOwn], conv_bias[kOwn], skip[kOwn];
-#pragma unroll
-      for (int j = 0; j < 4; j++) Mine::get(channels->taps[j], taps[j]);
-      Mine::get(channels->conv_bias, conv_bias);
-#pragma unroll
-      for (int i = 0; i < 5; i++) {
-        float v[kOwn];
-        Mine::template unpack<T>(x[i], v);
-#pragma unroll
-        for (int s = 0; s < 2; s++) {
-          if (i - s < 0 || i - s > 3) continue;
-#pragma unroll
-          for (int k = 0; k < kOwn; k++) u[s][k] = fmaf(taps[i - s][k], v[k], i == s ? conv_bias[k] : u[s][k]);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kTiles; i++)
-#pragma unroll
-        for (int r = 0; r < 4; r++) delta[i][r] = softplus_fast(delta[i][r]);
-      Mine::get(channels->skip, skip);
-#pragma unroll
-      for (int i = 0; i < kTiles; i++) {
-#pragma unroll
-        for (int r = 0; r < 4; r++) {
-          const float v = silu_of_half(u[r & 1][2 * i + (r >> 1)]);
-          y[i][r] = v * skip[2 * i + (r >> 1)];
-          u[r & 1][2 * i + (r >> 1)] = v * delta[i][r];
-        }
-        u_delta[i][0] = Pair<__half>::pack(u[0][2 * i], u[1][2 * i]);
-        u_delta[i][1] = Pair<__half>::pack(u[0][2 * i + 1], u[1][2 * i + 1]);
-      }
-#pragma unroll 1
-      for (int n = 0; n < scalings; n++) {
-        const int first = x_token - first_limit + L, second = x_token - second_limit + L;
-        const float s0 = p.decay_scale[min(first, L - 1)], s1 = p.decay_scale[min(second, L - 1)];
-#pragma unroll
-        for (int i = 0; i < kTiles; i++) delta[i][0] *= s0, delta[i][1] *= s1, delta[i][2] *= s0, delta[i][3] *= s1;
-      }
-#pragma unroll
-      for (int s = 0; s < 2; s++) {
-        float v[kOwn];
-#pragma unroll
-        for (int k = 0; k < kOwn; k++) {
-          v[k] = fminf(delta[k >> 1][2 * (k & 1) + s], limit[k]);
-          if (Traits::kEndOnly) delta_sum[k] += delta[k >> 1][2 * (k & 1) + s];
-        }
-        delta_target[s] = Mine::make(v);
-      }
-    }
-    __syncwarp();
-
     if (polynomial)
-      walk_chunk<true, 8, Traits>(*channels, bc, a, h, u_delta, y);
+      walk_chunk<true, 8, Traits>(*channels, bc, a, h, u_delta, y, make);
     else
-      walk_chunk<false, 2, Traits>(*channels, bc, a, h, u_delta, y);
+      walk_chunk<false, 2, Traits>(*channels, bc, a, h, u_delta, y, make);
 
     copy_async_wait_all();
     __syncwarp();
@@ -524,6 +539,8 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
         if (x_token - second_limit + L == cls) meet[dir][g] = Mine::make(out[1]);
       }
     }
+    write();
+    __syncwarp();
   }
 
   if (Traits::kEndOnly) {
@@ -556,17 +573,17 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
 
 constexpr int kLongSeqlen = 208;      // two passes only beyond
 constexpr int kMaxPieces = 64;        // a piece's walk begins by adding up all before it
-constexpr int kMaxPieceBlocks = 1536; // eight a multiprocessor on the largest cards; bounds the workspace
+constexpr int kMaxPieceBlocks = 1536; // more than are resident on the largest cards; bounds the workspace
 constexpr int kPieceBlockBytes = 2 * 16 * (16 + 1) * static_cast<int>(sizeof(float));  // of a block's two warps
 
 // Cycles that a token takes w warps of one scheduler: alone, or base + w each; and how many blocks a multiprocessor holds.
-// Fitted to an H100's times of 2 to 43 pieces of 577 to 4,097 tokens; of the pieces that the model takes, the worst is 2 %
+// Fitted to an H200's times of 2 to 57 pieces of 577 to 4,097 tokens; of the pieces that the model takes, the worst is 1 %
 // slower than the best.
 struct WalkCost {
   double alone, base, each;
   int resident;
 };
-constexpr WalkCost kWide = {255, 10, 190, 6}, kNarrow = {149, 43, 89, 8}, kNarrowEnd = {100, 9, 71, 8};
+constexpr WalkCost kWide = {227, 45, 152, 6}, kNarrow = {136, 34, 82, 6}, kNarrowEnd = {100, 44, 60, 8};
 constexpr double kRoundCycles = 4800, kChainCycles = 290;  // start, prologue and end of a round; one piece added up
 
 // Rounds of resident blocks. The multiprocessor with the most blocks, and on it the scheduler with the most warps, is the
@@ -615,17 +632,22 @@ WalkPlan plan_two_passes(const MambaScanParams& p, int processors) {
   return best;
 }
 
-// A grid that does not fill the card must find it empty: started early, its blocks pile up on the multiprocessors that the
-// kernel before has left, and the fullest one is the last to end.
-constexpr int64_t kEarlyBlocks = 2048;
-
-template <auto kKernel>
+// Started early, the blocks of a grid of less than one round pile up on the multiprocessors that the kernel before has left,
+// and the fullest one is the last to end. So they ask for as much shared memory as lets no more of them on one than there
+// would be.
+template <typename Traits>
 cudaError_t launch_walk(int64_t blocks, cudaStream_t stream, const MambaScanParams& p, const Pieces& pieces) {
+  constexpr auto kKernel = walk_kernel<Traits>;
+  constexpr size_t kOwnBytes = 2 * sizeof(WarpShared<Traits>) + 16 * sizeof(typename Own<Traits::kTiles>::Floats);
   if (blocks > INT_MAX) return cudaErrorInvalidValue;
-  const dim3 grid(static_cast<unsigned>(blocks));
-  if (blocks >= kEarlyBlocks) return launch_dependent<kKernel>(grid, 64, 0, stream, p, pieces);
-  kKernel<<<grid, 64, 0, stream>>>(p, pieces);
-  return cudaGetLastError();
+  const int64_t processors = processors_of_device(), fullest = (blocks + processors - 1) / processors;
+  size_t padding = 0;
+  if (fullest < Traits::kBlocksPerSM && can_overlap<kKernel>()) {
+    padding = shared_bytes_for(fullest, kOwnBytes);
+    const cudaError_t status = allow_shared<kKernel>(padding, kOwnBytes);
+    if (status != cudaSuccess) return status;
+  }
+  return launch_dependent<kKernel>(dim3(static_cast<unsigned>(blocks)), 64, padding, stream, p, pieces);
 }
 
 template <typename T, int kSteps>
@@ -643,7 +665,7 @@ cudaError_t launch(const MambaScanParams& p, const WalkPlan& plan, cudaStream_t 
       const int piece = p.cls_index / 8 / plan.chunks;
       ends = tiles * std::max(piece, plan.count - 1 - piece), blocks = tiles;
     }
-    const cudaError_t status = launch_walk<walk_kernel<WalkTraits<T, kSteps, 1, true>>>(ends, stream, p, pieces);
+    const cudaError_t status = launch_walk<WalkTraits<T, kSteps, 1, true>>(ends, stream, p, pieces);
     if (status != cudaSuccess) return status;
   }
   const int64_t weights = static_cast<int64_t>(p.batch) * merge_groups(p);
@@ -651,8 +673,8 @@ cudaError_t launch(const MambaScanParams& p, const WalkPlan& plan, cudaStream_t 
   if (blocks > int64_t{plan.tiles == 2 ? kWide.resident : kNarrow.resident} * processors_of_device())
     pieces.weights_at = static_cast<int>(std::min<int64_t>(blocks, INT_MAX));
   blocks += weights;
-  return plan.tiles == 2 ? launch_walk<walk_kernel<WalkTraits<T, kSteps, 2, false>>>(blocks, stream, p, pieces)
-                         : launch_walk<walk_kernel<WalkTraits<T, kSteps, 1, false>>>(blocks, stream, p, pieces);
+  return plan.tiles == 2 ? launch_walk<WalkTraits<T, kSteps, 2, false>>(blocks, stream, p, pieces)
+                         : launch_walk<WalkTraits<T, kSteps, 1, false>>(blocks, stream, p, pieces);
 }
 
 template <typename T>

@@ -54,6 +54,16 @@ def test_onnx_against_eager_and_itself(onnx_file: Path, tmp_path: Path, capsys: 
     assert json.loads((tmp_path / "bench.json").read_text())["measurements"] == rows
 
 
+def test_merged_against_unmerged_in_the_same_rounds(onnx_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "vim-t", "--image-size", "32", "--runtime", "onnx", "--rate", "0,0.4", "--vs", "unmerged"]
+    code, answer, err = run(capsys, *arguments, *QUICK)
+    assert (code, err) == (0, "")
+    assert [(row["case"]["rate"], row["backend"]) for row in answer["measurements"]] == [("0", "onnx"), ("0.4", "onnx"), ("0.4", "unmerged")]
+    assert answer["measurements"][2].get("difference") is None, "what merging does to the logits is no error"
+    assert [c["rival"] for c in answer["comparisons"]] == ["unmerged"]
+    assert run(capsys, onnx_file, "--vs", "unmerged", *QUICK)[1]["skipped"] == []
+
+
 def test_gate_fails_with_8_and_says_what_was_allowed(onnx_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, answer, _ = run(capsys, onnx_file, "--vs", "eager", *QUICK, "--max-ratio", "0.000001")
     assert (code, answer["exit_code"], answer["gate"]["passed"]) == (8, 8, False)
