@@ -48,7 +48,7 @@ sanitizers() {
   wait
 }
 run_trtexec() { # run_trtexec TRTEXEC: builds and runs a lowered model through both ways of loading the plugin
-  local portable=$STM_GPU_PORTABLES/trtexec.onnx shapes way library
+  local portable=$out/trtexec.onnx shapes way library
   python3 -m exporter export --model vim-t --weights random --rate 0.2 --no-verify -o "$portable" &&
   python3 -c 'import onnx, sys; from exporter.passes.tensorrt import lower_tensorrt; onnx.save(lower_tensorrt(onnx.load(sys.argv[1]), "fp16"), sys.argv[2])' \
     "$portable" "$out/lowered.onnx" || return

@@ -25,25 +25,14 @@ inline size_t shared_bytes_of_device() {
   return static_cast<size_t>(bytes);
 }
 
-// Dynamic shared memory that lets `blocks` blocks of a kernel with static_bytes of its own on a multiprocessor, not one more.
-inline size_t shared_bytes_for(int64_t blocks, size_t static_bytes) {
-  int device = 0, all = 228 * 1024, reserved = 1024;
-  if (cudaGetDevice(&device) == cudaSuccess) {
-    cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-    cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
-  }
-  const size_t each = (static_cast<size_t>(all) / static_cast<size_t>(blocks) - static_cast<size_t>(reserved)) & ~size_t{1023};
-  return each > static_bytes ? each - static_bytes : 0;
-}
-
-// Dynamic shared memory beyond 48 KB, static_bytes of the kernel's own included, must be asked for, once a kernel and device;
-// never less than before, since another thread may be about to launch with that.
+// Dynamic shared memory beyond 48 KB must be asked for, once a kernel and device; never less than before, since another
+// thread may be about to launch with that.
 template <auto kKernel>
-cudaError_t allow_shared(size_t bytes, size_t static_bytes = 0) {
+cudaError_t allow_shared(size_t bytes) {
   constexpr int kDevices = 64;
   static std::atomic<size_t> allowed[kDevices];
   static std::mutex asking;
-  if (bytes + static_bytes <= 48 * 1024) return cudaSuccess;
+  if (bytes <= 48 * 1024) return cudaSuccess;
   int device = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;

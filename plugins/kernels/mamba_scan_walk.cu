@@ -632,22 +632,17 @@ WalkPlan plan_two_passes(const MambaScanParams& p, int processors) {
   return best;
 }
 
-// Started early, the blocks of a grid of less than one round pile up on the multiprocessors that the kernel before has left,
-// and the fullest one is the last to end. So they ask for as much shared memory as lets no more of them on one than there
-// would be.
+// Started early, the blocks of a grid that does not fill the card pile up on the multiprocessors that the kernel before has
+// left, and the fullest one is the last to end. Not where the fullest is full anyway.
 template <typename Traits>
 cudaError_t launch_walk(int64_t blocks, cudaStream_t stream, const MambaScanParams& p, const Pieces& pieces) {
   constexpr auto kKernel = walk_kernel<Traits>;
-  constexpr size_t kOwnBytes = 2 * sizeof(WarpShared<Traits>) + 16 * sizeof(typename Own<Traits::kTiles>::Floats);
   if (blocks > INT_MAX) return cudaErrorInvalidValue;
-  const int64_t processors = processors_of_device(), fullest = (blocks + processors - 1) / processors;
-  size_t padding = 0;
-  if (fullest < Traits::kBlocksPerSM && can_overlap<kKernel>()) {
-    padding = shared_bytes_for(fullest, kOwnBytes);
-    const cudaError_t status = allow_shared<kKernel>(padding, kOwnBytes);
-    if (status != cudaSuccess) return status;
-  }
-  return launch_dependent<kKernel>(dim3(static_cast<unsigned>(blocks)), 64, padding, stream, p, pieces);
+  const dim3 grid(static_cast<unsigned>(blocks));
+  if (blocks > int64_t{Traits::kBlocksPerSM - 1} * processors_of_device())
+    return launch_dependent<kKernel>(grid, 64, 0, stream, p, pieces);
+  kKernel<<<grid, 64, 0, stream>>>(p, pieces);
+  return cudaGetLastError();
 }
 
 template <typename T, int kSteps>

@@ -1,4 +1,5 @@
-"""Latency figures: fp16, CUDA graph, one engine a model and rate, profile 1:64:128; what merging gains; how long a build takes."""
+"""Latency figures: fp16, CUDA graph, one engine a model and rate, profile 1:64:128; what merging gains in engines for their batch; how long
+a build takes."""
 
 import pytest
 
@@ -11,41 +12,32 @@ WANTED = [c for c in cases() if c[1] in (0.0, 0.2) and c[2] == (224, 224)]
 BATCHES = (1, 64, 128)
 
 
-@pytest.fixture(scope="module")
-def latencies(builder):
-    """latencies(case) -> {batch: figures}; measured once."""
-    made = {}
-
-    def get(case):
-        if case not in made:
-            engine = builder(case, "fp16", batch=BATCHES, opt_level=3)[0]
-            made[case] = {batch: graph_latency_ms(engine, batch, (224, 224), replays=20 if batch > 1 else 100) for batch in BATCHES}
-        return made[case]
-
-    return get
-
-
 @pytest.mark.parametrize("case", WANTED, ids=lambda c: f"{c[0]}-{c[1]}")
-def test_latency(case, builder, latencies, record):
-    info = builder(case, "fp16", batch=BATCHES, opt_level=3)[2]
-    for figures in latencies(case).values():
+def test_latency(case, builder, record):
+    engine, _, info, _, _ = builder(case, "fp16", batch=BATCHES, opt_level=3)
+    for batch in BATCHES:
+        figures = graph_latency_ms(engine, batch, (224, 224), replays=20 if batch > 1 else 100)
         record("latency", model=case[0], rate=case[1], build_seconds=info.seconds, memory_mib=info.device_memory_bytes / 2**20, **figures)
         assert figures["p90_ms"] < 1.2 * figures["median_ms"]
 
 
 @pytest.mark.parametrize("model", [model for model in MODELS if (model, 0.2, (224, 224)) in WANTED])
-def test_merging_pays_in_full(model, latencies, record):
-    """Batch 128: time falls with token-layers; batch 1: merging never costs time.
+def test_merging_pays(model, builder, record):
+    """An engine for each batch, since TensorRT times its GEMMs at a profile's optimum alone. Batch 128: time falls with token-layers;
+    batch 1: merging never costs time.
 
-    The aim at batch 128 is 0.9 of the share by which token-layers fall. The bound is what all models reach: TensorRT's matrix products
-    fill whole rounds of tiles at 197 tokens and not at 158 (docs/performance.md).
+    The aim at batch 128 is 0.9 of the share by which token-layers fall. The bound is under what all models reached, 0.76 of it on an
+    H200 and 0.85 on an H100: TensorRT's matrix products fill whole rounds of tiles at 197 tokens and not at 158 (docs/performance.md).
     """
-    whole, merged = (latencies((model, rate, (224, 224))) for rate in (0.0, 0.2))
     plan = stm.make_plan(stm.model_config(model), rate=0.2)
     fewer = 1 - sum(plan.lengths) / (plan.lengths[0] * len(plan.lengths))
-    ratios = {batch: merged[batch]["median_ms"] / whole[batch]["median_ms"] for batch in BATCHES}
+    ratios = {}
+    for batch in (1, 128):
+        engines = [builder((model, rate, (224, 224)), "fp16", batch=(batch, batch, batch), opt_level=3)[0] for rate in (0.0, 0.2)]
+        figures = [graph_latency_ms(engine, batch, (224, 224), replays=20 if batch > 1 else 100) for engine in engines]
+        ratios[batch] = figures[1]["median_ms"] / figures[0]["median_ms"]
     record("merging", model=model, token_layers=round(1 - fewer, 4), **{f"time_b{batch}": round(ratio, 4) for batch, ratio in ratios.items()})
-    assert 1 - ratios[128] >= 0.75 * fewer
+    assert 1 - ratios[128] >= 0.7 * fewer
     assert ratios[1] <= 1
 
 
