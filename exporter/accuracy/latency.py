@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,10 +97,10 @@ class Exports:
     """
 
     def __init__(self, bench: Bench, records: Records, cells: Sequence[Cell], batches: Sequence[int]) -> None:
-        import multiprocessing
+        from ..bench.workshop import export_pool
 
         self.folder = records.folder / "engines"
-        self._pool = ProcessPoolExecutor(min(EXPORTERS, max(1, (os.cpu_count() or 2) // 2)), multiprocessing.get_context("spawn"))
+        self._pool = export_pool(min(EXPORTERS, max(1, (os.cpu_count() or 2) // 2)))
         self._made: dict[str, Future[None]] = {}
         for cell in cells:
             try:
@@ -129,18 +129,17 @@ class Exports:
 
 def export_ahead(folder: Path, spec: Spec, described: Mapping[str, Any] | None) -> None:
     """Leave the ONNX file that `engine_of` looks for in the folder."""
+    from ..bench.workshop import Workshop, export_one
+
+    if described is None:
+        export_one(folder, spec)
+        return
     import torch
 
     from stm import model_config
 
-    from ..bench.workshop import Workshop
-
     torch.set_num_threads(2)
-    workshop = Workshop("cpu", folder=folder)
-    if described is None:
-        workshop.portable(spec)
-    else:
-        reduced_portable(workshop, spec, from_description(described, model_config(spec.model, spec.image_size, spec.num_classes)))
+    reduced_portable(Workshop("cpu", folder=folder), spec, from_description(described, model_config(spec.model, spec.image_size, spec.num_classes)))
 
 
 def _timed(records: Records, candidate: Candidate, cell: Cell, batch: int) -> bool:

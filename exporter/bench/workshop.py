@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,8 @@ from .results import Case
 
 KINDS = ("eager", "compile", "mamba_ssm", "onnx", "onnx-cpu", "deit", "unmerged")
 FILE_SUFFIXES = (".engine", ".plan", ".onnx")
+EXPORTERS = 4
+"""Processes that export at once, at most: one of vim-b takes 4 GB."""
 
 
 def piece_of(kind: str) -> int | None:
@@ -67,6 +72,10 @@ class Spec:
         seed = int(meta.get("seed") or 0)
         return cls(str(meta["model"]), label if plan else "0", size, str(meta["precision"]), int(meta["num_classes"]), seed, plan)
 
+    def unmerged(self) -> Spec:
+        """The same without its plan."""
+        return replace(self, rate="0", plan=None)
+
     def case(self, batch: int) -> Case:
         seqlen = model_config(self.model, self.image_size).seqlen
         return Case(self.model, self.rate, self.image_size, self.precision, batch, seqlen, self.plan.tokens_left if self.plan else seqlen)
@@ -87,6 +96,19 @@ def _code_sha256() -> str:
         for path in sorted(package.rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def export_pool(workers: int) -> Executor:
+    """Processes for exports; each starts anew, since a forked one could not use torch."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+
+
+def export_one(folder: Path, spec: Spec) -> None:
+    """Leave the ONNX file in the folder that `Workshop.portable` looks for there."""
+    import torch
+
+    torch.set_num_threads(2)
+    Workshop("cpu", folder=folder).portable(spec)
 
 
 class Workshop:
@@ -177,6 +199,16 @@ class Workshop:
 
         return self._once(("onnx", spec.model, spec.rate, spec.image_size), make)
 
+    def export_ahead(self, specs: Iterable[Spec]) -> None:
+        """Leave the ONNX files of several specs in the folder, some at once: an export is some ten seconds of one core, and a GPU idles
+        meanwhile. Without a folder, or for one spec, nothing. What fails here is exported again where it is needed, and says why there."""
+        todo = list(dict.fromkeys(specs))
+        if self.folder is None or len(todo) < 2:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with export_pool(max(1, min(len(todo), EXPORTERS, (os.cpu_count() or 2) // 2))) as pool:
+            wait([pool.submit(export_one, self.folder, spec) for spec in todo])
+
     # --- engines ---------------------------------------------------------------------------------------------------------
 
     def _built(self, lowered: Any, name: str, batch: BatchProfile) -> tuple[Any, int, str]:
@@ -233,7 +265,7 @@ class Workshop:
 
     def unmerged(self, spec: Spec, batch: int) -> Backend:
         """The same model without its merge plan, as an engine or on a CPU in ONNX Runtime: what merging gains."""
-        whole = replace(spec, rate="0", plan=None)
+        whole = spec.unmerged()
         if self.device != "cuda":
             return OnnxBackend("unmerged", lambda: self.portable(whole).SerializeToString(), spec.image_size, self.device)
         made = self.engine(whole, batch)

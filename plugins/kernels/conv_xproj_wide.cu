@@ -279,14 +279,16 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void wide_k
     wide_tile<Traits, kShortGroup>(p, block - long_tiles, long_images, p.batch - long_images);
 }
 
+constexpr int64_t kRoundTokens = 105;  // a round takes as long as so many tokens more than it has
+
 struct Division {
   int64_t long_images, long_tiles, blocks;
 };
 
 // Up to two blocks a multiprocessor, the fullest one sets the time, by its tokens t (as 105 + t for ViM-S on an H100): so
 // the least of 64, 96, 64 + 64, 96 + 64, 96 + 96 that suffices. Blocks are dealt in order, one to each multiprocessor
-// before any gets its second: of 96 + 64 the 96 come first, at most one for each. Beyond that rounds of
-// 96, which read weights less often, and blocks of 64 for what is left where that ends sooner.
+// before any gets its second: of 96 + 64 the 96 come first, at most one for each. Beyond that rounds of 96, which read
+// weights less often, and blocks of 64 for what is left where that ends sooner.
 Division division_of(const ConvXProjParams& p, int64_t groups_of_tile, int64_t processors) {
   const int64_t batch = p.batch;
   const int64_t in_long = (p.seqlen + kLongGroup - 1) / kLongGroup;
@@ -303,16 +305,17 @@ Division division_of(const ConvXProjParams& p, int64_t groups_of_tile, int64_t p
   auto cost = [&](int64_t longs, int64_t shorts) {
     int64_t time = 0;
     for (int64_t from = 0; from < longs + shorts; from += round) {
-      const int64_t here = std::min(round, longs + shorts - from), first = from < longs ? 96 : 64;
-      const int64_t second = here <= processors ? 0 : from + processors < longs ? 96 : 64;
-      time += 105 + first + second;
+      const int64_t here = std::min(round, longs + shorts - from);
+      const int64_t first = from < longs ? kLongGroup : kShortGroup;
+      const int64_t second = here <= processors ? 0 : from + processors < longs ? kLongGroup : kShortGroup;
+      time += kRoundTokens + (first + second) * groups_of_tile;
     }
     return time;
   };
   Division best = {batch, all_long, all_long};
   int64_t least = cost(all_long, 0);
-  for (int64_t rounds = 1; rounds * round < all_long; rounds++) {
-    const int64_t in_rounds = std::min(batch, rounds * round * groups_of_tile / in_long);
+  for (int64_t rounds = (all_long - 1) / round; rounds > 0; rounds--) {  // of equals the one with the most blocks of 96
+    const int64_t in_rounds = rounds * round * groups_of_tile / in_long;
     const int64_t longs = tiles(in_rounds, in_long), shorts = tiles(batch - in_rounds, in_short);
     const int64_t time = cost(longs, shorts);
     if (time < least) least = time, best = {in_rounds, longs, longs + shorts};

@@ -157,6 +157,18 @@ __device__ __forceinline__ void copy_async8(void* dst, const void* src, bool val
                "r"(valid ? 8 : 0)
                : "memory");
 }
+// 16 bytes to shared memory, and all 128 around them to L2.
+__device__ __forceinline__ void copy_async_line16(void* dst, const void* src) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(dst)),
+               "l"(src)
+               : "memory");
+}
+// The same; zeros if not `valid` (the source is not read then).
+__device__ __forceinline__ void copy_async_line16(void* dst, const void* src, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(dst)),
+               "l"(src), "r"(valid ? 16 : 0)
+               : "memory");
+}
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
@@ -193,18 +205,6 @@ __device__ __forceinline__ uint4 load_matrices(uint32_t address) {
 // Two of them: lanes 0 to 15 give the addresses.
 __device__ __forceinline__ void load_two_matrices(uint32_t address, uint32_t& first, uint32_t& second) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(first), "=r"(second) : "r"(address));
-}
-// 16 bytes to shared memory, and all 128 around them to L2.
-__device__ __forceinline__ void copy_async_line16(void* dst, const void* src) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(dst)),
-               "l"(src)
-               : "memory");
-}
-// The same; zeros if not `valid` (the source is not read then).
-__device__ __forceinline__ void copy_async_line16(void* dst, const void* src, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(dst)),
-               "l"(src), "r"(valid ? 16 : 0)
-               : "memory");
 }
 
 }  // namespace stm

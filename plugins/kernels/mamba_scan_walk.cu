@@ -1,7 +1,7 @@
 // mamba_scan_walk.cu: the scan for large batches and long sequences: conv + SiLU, dt_proj, both scans, D, sum and gate
 // in one kernel on tensor cores (d_state 16). Bound by instruction issue and exponentials, not by bytes: the chunk loop
-// issues 121 instructions a token for a warp of 32 channels, 65 for one of 16, and whatever is added there costs time. What
-// has to wait (convolution, softplus, shared memory) is made for the next chunk beside the walk of this one.
+// issues 121 instructions a token for a warp of 32 channels, 65 for one of 16, and whatever is added there costs
+// time. What has to wait (convolution, softplus, shared memory) is made for the next chunk beside the walk of this one.
 #include <algorithm>
 #include <cfloat>
 #include <climits>
@@ -126,7 +126,8 @@ __device__ __forceinline__ void pair_barrier() { asm volatile("bar.sync 1, 64;" 
 // h, a: [m-tile i][n-tile j][r]: channel 2 kTiles g + 2i + (r >> 1), state q + 4 k, k = 0 for (j, r & 1) = (1, 1).
 // y: [m-tile i][r]: channel the same, scan position 2q + (r & 1).
 // kPolynomial moves the exponentials of k = 0, a quarter, to the FMA pipe: 4 % faster, more is slower.
-// between(t) is what the caller computes beside token t.
+// between(t) is what the caller computes beside token t; after the last one where the loop is not unrolled, since its t
+// must be a constant for the caller's arrays to stay in registers.
 template <bool kPolynomial, int kUnroll, typename Traits, typename Between>
 __device__ __forceinline__ void walk_chunk(const typename WarpShared<Traits>::Channels& channels,
                                            const typename WarpShared<Traits>::Fragments* bc,
@@ -332,7 +333,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
   int row_at = t0 * row16 + lane, row_step = sign * 8 * row16;
   const uint4* row_source = static_cast<const uint4*>(p.x_dbl) + direction_row * rows16 + row_at;
   char* row_target = kept(shared.rows + lane * 16);
-  auto stage = [&] {  // the next chunk, or outside of the piece what nobody reads
+  auto stage = [&] {  // the chunk after the next, or outside of the piece what no walk uses
     auto copy_x = [&](char* target) {
       copy_async_line16(target, x_source, static_cast<unsigned>(x_token) < static_cast<unsigned>(L));
     };
@@ -359,7 +360,8 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
   constexpr int kPerPiece = 16 / sizeof(Bits);
   int out_step = sign * 8 * kPerPiece * E16, out_second = sign * kPerPiece * E16;
   Bits* out_target = reinterpret_cast<Bits*>(y_image) + static_cast<int64_t>(t0 + k_first) * kPerPiece * E16 + g;
-  // Tokens exist below L. Those of a chunk are told by x_token, which is three chunks ahead once the one after the next is staged.
+  // Tokens exist below L. Those of a chunk are told by x_token, which is three chunks ahead once the one after the next is
+  // staged.
   const int x_lead = x_token + 3 * t_step - t0, zy_limit = kept(L + x_lead - zy_token);
   const int first_limit = kept(L + x_lead - k_first), second_limit = kept(L + x_lead - k_second);
   // in shared memory
@@ -401,10 +403,10 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
     }
   }
 
-  // What a chunk needs before its walk: read from shared memory, made beside the walk of the chunk before, written when that
-  // one no longer reads it.
+  // What a chunk needs before its walk: read from shared memory, made beside the walk of the chunk before, written when
+  // that one no longer reads it.
   Bits x[5];
-  float delta[kTiles][4], conv[2][kOwn];  // conv: u, then u delta
+  float delta[kTiles][4], next_u_delta[2][kOwn];
   uint2 b_words[2], c_words;
   uint32_t u_delta[kTiles][2];
   float y[kTiles][4], next_y[kTiles][4];
@@ -449,17 +451,18 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
       u = silu_of_half(u);
       delta[i][r] = softplus_fast(delta[i][r]);
       next_y[i][r] = u * reinterpret_cast<const float*>(&channels->skip)[k];
-      conv[s][k] = u * delta[i][r];
+      next_u_delta[s][k] = u * delta[i][r];
     }
   };
   auto write = [&] {
 #pragma unroll
     for (int i = 0; i < kTiles; i++) {
-      u_delta[i][0] = Pair<__half>::pack(conv[0][2 * i], conv[1][2 * i]);
-      u_delta[i][1] = Pair<__half>::pack(conv[0][2 * i + 1], conv[1][2 * i + 1]);
+      u_delta[i][0] = Pair<__half>::pack(next_u_delta[0][2 * i], next_u_delta[1][2 * i]);
+      u_delta[i][1] = Pair<__half>::pack(next_u_delta[0][2 * i + 1], next_u_delta[1][2 * i + 1]);
 #pragma unroll
       for (int r = 0; r < 4; r++) y[i][r] = next_y[i][r];
     }
+    // x_token lies three chunks ahead of the one that is walked, and this is for the one after it
 #pragma unroll 1
     for (int n = 0; n < scalings; n++) {
       const int first = x_token + t_step - first_limit + L, second = x_token + t_step - second_limit + L;
@@ -490,7 +493,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
   __syncwarp();
 #pragma unroll 1
   for (int left = kept(chunks), until = kept(meeting); left > 0; left--, until--) {
-    if (Traits::kEndOnly) {
+    if (Traits::kEndOnly) {  // delta is this chunk's until the next one's is read
 #pragma unroll
       for (int k = 0; k < kOwn; k++) delta_sum[k] += delta[k >> 1][2 * (k & 1)] + delta[k >> 1][2 * (k & 1) + 1];
     }
@@ -632,14 +635,16 @@ WalkPlan plan_two_passes(const MambaScanParams& p, int processors) {
   return best;
 }
 
-// Started early, the blocks of a grid that does not fill the card pile up on the multiprocessors that the kernel before has
-// left, and the fullest one is the last to end. Not where the fullest is full anyway.
+// Started early, the blocks of a grid that does not fill the card pile up on the multiprocessors that the kernel before
+// has left, and the fullest one is the last to end. Not where the fullest is full anyway: of the blocks that walk; those
+// of the merge weights are short.
 template <typename Traits>
-cudaError_t launch_walk(int64_t blocks, cudaStream_t stream, const MambaScanParams& p, const Pieces& pieces) {
+cudaError_t launch_walk(int64_t walks, int64_t weights, cudaStream_t stream, const MambaScanParams& p,
+                        const Pieces& pieces) {
   constexpr auto kKernel = walk_kernel<Traits>;
-  if (blocks > INT_MAX) return cudaErrorInvalidValue;
-  const dim3 grid(static_cast<unsigned>(blocks));
-  if (blocks > int64_t{Traits::kBlocksPerSM - 1} * processors_of_device())
+  if (walks + weights > INT_MAX) return cudaErrorInvalidValue;
+  const dim3 grid(static_cast<unsigned>(walks + weights));
+  if (walks > int64_t{Traits::kBlocksPerSM - 1} * processors_of_device())
     return launch_dependent<kKernel>(grid, 64, 0, stream, p, pieces);
   kKernel<<<grid, 64, 0, stream>>>(p, pieces);
   return cudaGetLastError();
@@ -660,16 +665,15 @@ cudaError_t launch(const MambaScanParams& p, const WalkPlan& plan, cudaStream_t 
       const int piece = p.cls_index / 8 / plan.chunks;
       ends = tiles * std::max(piece, plan.count - 1 - piece), blocks = tiles;
     }
-    const cudaError_t status = launch_walk<WalkTraits<T, kSteps, 1, true>>(ends, stream, p, pieces);
+    const cudaError_t status = launch_walk<WalkTraits<T, kSteps, 1, true>>(ends, 0, stream, p, pieces);
     if (status != cudaSuccess) return status;
   }
   const int64_t weights = static_cast<int64_t>(p.batch) * merge_groups(p);
   // Beyond one round of resident blocks the short ones fit into the gaps of the last; else they had better start at once.
   if (blocks > int64_t{plan.tiles == 2 ? kWide.resident : kNarrow.resident} * processors_of_device())
     pieces.weights_at = static_cast<int>(std::min<int64_t>(blocks, INT_MAX));
-  blocks += weights;
-  return plan.tiles == 2 ? launch_walk<WalkTraits<T, kSteps, 2, false>>(blocks, stream, p, pieces)
-                         : launch_walk<WalkTraits<T, kSteps, 1, false>>(blocks, stream, p, pieces);
+  return plan.tiles == 2 ? launch_walk<WalkTraits<T, kSteps, 2, false>>(blocks, weights, stream, p, pieces)
+                         : launch_walk<WalkTraits<T, kSteps, 1, false>>(blocks, weights, stream, p, pieces);
 }
 
 template <typename T>

@@ -697,9 +697,12 @@ def test_a_model_of_other_classes_is_refused(tmp_path: Path) -> None:
         measure(VisionMamba(TINY.with_changes(num_classes=10)), tmp_path, **QUICK)
 
 
-@pytest.mark.parametrize("command", re.findall(r"^    stm (bench accuracy .*)$", DOCUMENT.read_text(encoding="utf-8"), re.M))
+WHOLE_LINES = re.sub(r"\\\n *", "", DOCUMENT.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("command", re.findall(r"^    stm (bench accuracy .*)$", WHOLE_LINES, re.M))
 def test_documented_commands_parse(command: str) -> None:
-    _parser("bench accuracy").parse_args(shlex.split(command)[2:])
+    _parser("bench accuracy").parse_args(shlex.split(command, comments=True)[2:])
 
 
 def test_the_document_has_the_markers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,33 @@ def test_merged_against_unmerged_in_the_same_rounds(onnx_file: Path, capsys: pyt
     assert answer["measurements"][2].get("difference") is None, "what merging does to the logits is no error"
     assert [c["rival"] for c in answer["comparisons"]] == ["unmerged"]
     assert run(capsys, onnx_file, "--vs", "unmerged", *QUICK)[1]["skipped"] == []
+
+
+def test_exports_ahead_are_the_files_that_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workshop, "export_pool", ThreadPoolExecutor)  # a process would not know the tiny model
+    merged = workshop.Spec.of("vim-t", "0.4", (32, 32), "fp16")
+    specs = [merged, merged.unmerged(), merged]
+    workshop.Workshop("cpu", folder=tmp_path).export_ahead(specs)
+    files = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(files) == 2
+    again = workshop.Workshop("cpu", folder=tmp_path)
+    assert len({again.portable(spec).SerializeToString() for spec in specs}) == 2
+    assert files == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}, "made anew"
+    workshop.Workshop("cpu").export_ahead(specs)
+
+
+def test_an_export_ahead_that_fails_is_tried_again_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workshop, "export_pool", ThreadPoolExecutor)
+    merged = workshop.Spec.of("vim-t", "0.4", (32, 32), "fp16")
+
+    def full(*_: object) -> None:
+        raise ArtefactError("no space left")
+
+    monkeypatch.setattr(workshop, "written_aside", full)
+    made = workshop.Workshop("cpu", folder=tmp_path)
+    made.export_ahead([merged, merged.unmerged()])
+    with pytest.raises(ArtefactError, match="no space left"):
+        made.portable(merged)
 
 
 def test_gate_fails_with_8_and_says_what_was_allowed(onnx_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
