@@ -25,7 +25,7 @@ import exporter.accuracy.runner as runner_module
 import stm.registry
 from exporter.accuracy import Run, measure, read_run, update_document
 from exporter.accuracy.budgets import TOKEN_LAYERS, Budget, at_flops, budgets, k_schedule, parse_flops
-from exporter.accuracy.cells import GROUPS, Bench, Cell, cells, family, normalised, parse_methods, scheduled_like
+from exporter.accuracy.cells import GROUPS, Bench, Cell, cells, family, load_plan, normalised, parse_methods, scheduled_like
 from exporter.accuracy.observe import class_state, observe
 from exporter.accuracy.plots import draw_plots
 from exporter.accuracy.report import against, claims, markdown, terminal_lines
@@ -38,7 +38,7 @@ from exporter.errors import ArtefactError, BuildError
 from stm import PRESETS, ConfigError, MergePlan, PlanError, VimConfig, VisionMamba, make_plan, model_config, plan_summary, with_plan
 from stm.data import DigitPairs
 from stm.flops import gflops_true
-from stm.reduction import METHODS, create_reduction, reduction_gflops_true, save_reduction, schedule_text, with_reduction
+from stm.reduction import METHODS, create_reduction, reduction_gflops_true, reduction_summary, save_reduction, schedule_text, with_reduction
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "accuracy.md"
 TINY = VimConfig("vim-tiny-test", 16, depth=4, d_state=4, image_size=(96, 96), num_classes=100)  # 36 patches
@@ -703,6 +703,18 @@ WHOLE_LINES = re.sub(r"\\\n *", "", DOCUMENT.read_text(encoding="utf-8"))
 @pytest.mark.parametrize("command", re.findall(r"^    stm (bench accuracy .*)$", WHOLE_LINES, re.M))
 def test_documented_commands_parse(command: str) -> None:
     _parser("bench accuracy").parse_args(shlex.split(command, comments=True)[2:])
+
+
+@pytest.mark.parametrize("path", sorted((DOCUMENT.parent / "plans").glob("*.json")), ids=lambda path: path.stem)
+def test_plans_of_the_document_fit_their_model_and_keep_their_budget(path: Path) -> None:
+    """vim-t-utr-60.json: for vim-t, at most 0.60 of the true FLOPs; the matching of a method that looks at the image is counted."""
+    *model, percent = path.stem.replace("-utr", "").split("-")
+    config = model_config("-".join(model), num_classes=100)
+    plan = load_plan(path, config)
+    if isinstance(plan, MergePlan):
+        plan.check_fits(config)
+    figures = plan_summary(config, plan) if isinstance(plan, MergePlan) else reduction_summary(plan)
+    assert figures["gflops_true"] <= int(percent) / 100 * gflops_true(config)
 
 
 def test_the_document_has_the_markers() -> None:
