@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, ProcessPoolExecutor, wait
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -201,12 +202,14 @@ class Workshop:
 
     def export_ahead(self, specs: Iterable[Spec]) -> None:
         """Leave the ONNX files of several specs in the folder, some at once: an export is some ten seconds of one core, and a GPU idles
-        meanwhile. Without a folder, or for one spec, nothing. What fails here is exported again where it is needed, and says why there."""
+        meanwhile. Nothing without a folder, for one spec, or with few cores. What fails here is exported again where it is needed, and says
+        why there."""
         todo = list(dict.fromkeys(specs))
-        if self.folder is None or len(todo) < 2:
+        workers = min(len(todo), EXPORTERS, (os.cpu_count() or 2) // 2)
+        if self.folder is None or workers < 2:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with export_pool(max(1, min(len(todo), EXPORTERS, (os.cpu_count() or 2) // 2))) as pool:
+        with contextlib.suppress(BrokenExecutor), export_pool(workers) as pool:
             wait([pool.submit(export_one, self.folder, spec) for spec in todo])
 
     # --- engines ---------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,14 @@ def test_merged_against_unmerged_in_the_same_rounds(onnx_file: Path, capsys: pyt
     assert run(capsys, onnx_file, "--vs", "unmerged", *QUICK)[1]["skipped"] == []
 
 
+def one_thread_pool(_: int) -> ThreadPoolExecutor:
+    """A process would not know the tiny model, and torch exports in one thread at a time."""
+    return ThreadPoolExecutor(1)
+
+
 def test_exports_ahead_are_the_files_that_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workshop, "export_pool", ThreadPoolExecutor)  # a process would not know the tiny model
+    monkeypatch.setattr(workshop, "export_pool", one_thread_pool)
+    monkeypatch.setattr(workshop.os, "cpu_count", lambda: 4)
     merged = workshop.Spec.of("vim-t", "0.4", (32, 32), "fp16")
     specs = [merged, merged.unmerged(), merged]
     workshop.Workshop("cpu", folder=tmp_path).export_ahead(specs)
@@ -79,7 +85,8 @@ def test_exports_ahead_are_the_files_that_are_looked_for(tmp_path: Path, monkeyp
 
 
 def test_an_export_ahead_that_fails_is_tried_again_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workshop, "export_pool", ThreadPoolExecutor)
+    monkeypatch.setattr(workshop, "export_pool", one_thread_pool)
+    monkeypatch.setattr(workshop.os, "cpu_count", lambda: 4)
     merged = workshop.Spec.of("vim-t", "0.4", (32, 32), "fp16")
 
     def full(*_: object) -> None:
@@ -90,6 +97,20 @@ def test_an_export_ahead_that_fails_is_tried_again_and_says_why(tmp_path: Path, 
     made.export_ahead([merged, merged.unmerged()])
     with pytest.raises(ArtefactError, match="no space left"):
         made.portable(merged)
+
+
+def test_processes_that_die_do_not_end_the_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they do where a script that calls bench has no main guard."""
+
+    class Dying(ThreadPoolExecutor):
+        def submit(self, *_: Any, **__: Any) -> Any:
+            raise BrokenExecutor("a child process terminated abruptly")
+
+    monkeypatch.setattr(workshop, "export_pool", Dying)
+    monkeypatch.setattr(workshop.os, "cpu_count", lambda: 4)
+    merged = workshop.Spec.of("vim-t", "0.4", (32, 32), "fp16")
+    workshop.Workshop("cpu", folder=tmp_path).export_ahead([merged, merged.unmerged()])
+    assert not list(tmp_path.iterdir())
 
 
 def test_gate_fails_with_8_and_says_what_was_allowed(onnx_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
