@@ -245,7 +245,10 @@ def bench(
             )
         )
         plan = _sweep_cases(workshop, sweeps, runtime)
-    return _run(workshop, plan, list(vs), launch, method or Method(), profile, max_ratio, folder, show_progress, path is None and engine)
+        if engine:  # before anything is timed
+            specs = [spec for spec, _, _ in plan]
+            workshop.export_ahead([*specs, *(spec.unmerged() for spec in specs if "unmerged" in vs)])
+    return _run(workshop, plan, list(vs), launch, method or Method(), profile, max_ratio, folder, show_progress)
 
 
 # (spec, batch, how to get the subject)
@@ -283,18 +286,8 @@ def _sweep_cases(workshop: Any, sweeps: Iterable[Sweep], runtime: str) -> _Plan:
 
 
 def _run(
-    workshop: Any,
-    plan: _Plan,
-    vs: list[str],
-    launch: str,
-    method: Method,
-    profile: bool,
-    max_ratio: float | None,
-    folder: Path | None,
-    show: bool,
-    built: bool,
+    workshop: Any, plan: _Plan, vs: list[str], launch: str, method: Method, profile: bool, max_ratio: float | None, folder: Path | None, show: bool
 ) -> BenchResult:
-    """`built`: the subjects are engines to be made here."""
     import torch
 
     from .report import write_json
@@ -304,9 +297,6 @@ def _run(
     surroundings["gpu_state"] = {"before": gpu_state()}
     result = BenchResult(surroundings, {**asdict(method), "launch": launch, "weights": "random weights and noise images"}, max_ratio=max_ratio)
     launches = ("graph", "plain") if launch == "both" and workshop.device == "cuda" else ("graph",) if launch == "both" else (launch,)
-    if workshop.device == "cuda" and built:  # before anything is timed
-        specs = [spec for spec, _, _ in plan]
-        workshop.export_ahead([*specs, *(spec.unmerged() for spec in specs if "unmerged" in vs)])
     first_error: Exception | None = None
     before = None
     with Steps(len(plan) * len(launches) * method.rounds, show) as steps:

@@ -580,13 +580,15 @@ constexpr int kMaxPieceBlocks = 1536; // more than are resident on the largest c
 constexpr int kPieceBlockBytes = 2 * 16 * (16 + 1) * static_cast<int>(sizeof(float));  // of a block's two warps
 
 // Cycles that a token takes w warps of one scheduler: alone, or base + w each; and how many blocks a multiprocessor holds.
-// Fitted to an H200's times of 2 to 57 pieces of 577 to 4,097 tokens; of the pieces that the model takes, the worst is 1 %
-// slower than the best.
+// Fitted to an H200's times of 2 to 57 pieces of 577 to 4,097 tokens: at batch 1 the pieces that the model takes are within
+// 1 % of the best; at batch 4 and 4,097 tokens it takes 4, 317 us, where 12 took 299 with version 4's walk.
 struct WalkCost {
   double alone, base, each;
   int resident;
 };
-constexpr WalkCost kWide = {227, 45, 152, 6}, kNarrow = {136, 34, 82, 6}, kNarrowEnd = {100, 44, 60, 8};
+constexpr WalkCost kWide = {227, 45, 152, WalkTraits<__half, 1, 2, false>::kBlocksPerSM};
+constexpr WalkCost kNarrow = {136, 34, 82, WalkTraits<__half, 1, 1, false>::kBlocksPerSM};
+constexpr WalkCost kNarrowEnd = {100, 44, 60, WalkTraits<__half, 1, 1, true>::kBlocksPerSM};
 constexpr double kRoundCycles = 4800, kChainCycles = 290;  // start, prologue and end of a round; one piece added up
 
 // Rounds of resident blocks. The multiprocessor with the most blocks, and on it the scheduler with the most warps, is the

@@ -26,8 +26,8 @@ def test_merging_pays(model, builder, record):
     """An engine for each batch, since TensorRT times its GEMMs at a profile's optimum alone. Batch 128: time falls with token-layers;
     batch 1: merging never costs time.
 
-    The aim at batch 128 is 0.9 of the share by which token-layers fall. The bound is under what all models reached, 0.76 of it on an
-    H200 and 0.85 on an H100: TensorRT's matrix products fill whole rounds of tiles at 197 tokens and not at 158 (docs/performance.md).
+    The aim at batch 128 is 0.9 of the share by which token-layers fall. The bound is what models reached, 0.76 and 0.77 (Ti, S) on an H200
+    and 0.85 to 0.95 on an H100: TensorRT's matrix products fill whole rounds of tiles at 197 tokens and not at 158 (docs/performance.md).
     """
     plan = stm.make_plan(stm.model_config(model), rate=0.2)
     fewer = 1 - sum(plan.lengths) / (plan.lengths[0] * len(plan.lengths))
@@ -37,7 +37,7 @@ def test_merging_pays(model, builder, record):
         figures = [graph_latency_ms(engine, batch, (224, 224), replays=20 if batch > 1 else 100) for engine in engines]
         ratios[batch] = figures[1]["median_ms"] / figures[0]["median_ms"]
     record("merging", model=model, token_layers=round(1 - fewer, 4), **{f"time_b{batch}": round(ratio, 4) for batch, ratio in ratios.items()})
-    assert 1 - ratios[128] >= 0.7 * fewer
+    assert 1 - ratios[128] >= 0.75 * fewer
     assert ratios[1] <= 1
 
 
