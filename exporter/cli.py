@@ -140,6 +140,7 @@ def _engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--embed-plugins", action="store_true", help="put the plugin library into the engine file (which then carries code)")
     group.add_argument("--refit", action="store_true", help="weights may be exchanged later")
     group.add_argument("--tf32", action="store_true", help="let fp32 GEMMs use TF32 (parity in fp32 then fails by design)")
+    group.add_argument("--fp16-accumulation", action="store_true", help="let fp16 GEMMs add up in fp16 where that is faster: twice the error")
     group.add_argument("--plugin-library", metavar="FILE", help="libstm_trtN.so to use instead of the package's")
 
 
@@ -152,7 +153,7 @@ def _build_options(args: argparse.Namespace) -> Any:
     if Path(args.output).suffix not in ENGINE_SUFFIXES:
         if args.batch or any(shapes):
             raise ConfigError(f"--batch and --*Shapes belong to engines; {args.output} has a dynamic batch of any size")
-        names = ("timing_cache", "workspace", "version_compatible", "hardware_compatible", "embed_plugins", "refit", "tf32", "plugin_library")
+        names = ("timing_cache", "workspace", "version_compatible", "hardware_compatible", "embed_plugins", "refit", "tf32", "fp16_accumulation", "plugin_library")
         if idle := ["--" + name.replace("_", "-") for name in names if getattr(args, name)]:
             raise ConfigError(f"{', '.join(idle)}: belongs to engines; {args.output} is none")
         return None
@@ -174,6 +175,7 @@ def _build_options(args: argparse.Namespace) -> Any:
         embed_plugins=args.embed_plugins,
         refit=args.refit,
         tf32=args.tf32,
+        fp16_accumulation=args.fp16_accumulation,
     )
 
 
@@ -232,7 +234,8 @@ def _bench_parser(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="RIVAL",
-        help="eager, compile, mamba_ssm, onnx, onnx-cpu, deit, unmerged (ours without the plan), engine@N (ours on pieces of N images), or a file",
+        help="eager, compile, mamba_ssm, onnx, onnx-cpu, deit, unmerged (ours without the plan), fp16-accumulation (ours, "
+        "GEMMs added up in fp16), engine@N (ours on pieces of N images), or a file",
     )
     group.add_argument("--launch", choices=("graph", "plain", "both"), default="graph", help="CUDA graph or plain launches (default graph)")
     group.add_argument("--device", choices=("cpu", "cuda"), help="for .onnx, --runtime onnx and eager (default: a GPU if there is one)")

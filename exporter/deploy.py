@@ -188,6 +188,9 @@ def export(
         raise ConfigError(f"precision is {precision!r}; choose from {', '.join(PRECISIONS)}")
     if precision != "fp32" and not engine:
         raise ConfigError(f"precision is {precision!r}; a portable .onnx is fp32. Engines (-o x.engine) take fp16 and bf16")
+    options = build or BuildOptions()
+    if options.fp16_accumulation and precision != "fp16":
+        raise ConfigError(f"precision is {precision}; only products in fp16 can be added up in fp16: drop --fp16-accumulation")
     if engine:
         require_tensorrt()
         require_gpu()
@@ -199,7 +202,6 @@ def export(
         raise ConfigError(f"{len(classes)} class names for {wanted} classes; give one a class, or --num-classes {len(classes)}")
     for path in (target, reference / "inputs.json", *((sidecar_path(target),) if engine else ())):
         check_writable(path)
-    options = build or BuildOptions()
     seconds: dict[str, float] = {}
 
     def timed(key: str, since: float) -> float:
@@ -245,7 +247,7 @@ def export(
             sidecar: dict[str, Any] | None = None
             if engine:
                 with steps.step("lowering"):
-                    lowered = lower_tensorrt(proto, precision)
+                    lowered = lower_tensorrt(proto, precision, options.fp16_accumulation)
                     clock = timed("lower", clock)
                 with steps.step("building the engine"):
                     blob, info = build_engine(lowered, options, plugin_library=plugin_library, show_progress=show_progress)

@@ -94,7 +94,8 @@ def default_timing_cache() -> Path | None:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How to build. `workspace_bytes` None leaves it to TensorRT; `max_threads` 0 means all CPUs."""
+    """How to build. `workspace_bytes` None leaves it to TensorRT; `max_threads` 0 means all CPUs; `fp16_accumulation` is for the
+    lowering (`passes.cast_precision`)."""
 
     batch: BatchProfile = BatchProfile()
     timing_cache: Path | None = None
@@ -105,6 +106,7 @@ class BuildOptions:
     embed_plugins: bool = False
     refit: bool = False
     tf32: bool = False
+    fp16_accumulation: bool = False
     max_threads: int = 0
 
     def __post_init__(self) -> None:
@@ -356,7 +358,8 @@ def _layers_of(engine: Any, trt: Any) -> tuple[list[dict[str, Any]], int]:
 
 
 def engine_layers(engine: Any, trt: Any) -> list[dict[str, Any]]:
-    """Layers of an engine: name, type, and whether a plugin of ours runs it. Tolerant of the inspector's versions."""
+    """Layers of an engine: name, type, whether a plugin of ours runs it, tactic, and the ONNX nodes that it came from, where TensorRT
+    says. Tolerant of the inspector's versions."""
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     try:
         layers = json.loads(text).get("Layers", [])
@@ -366,7 +369,7 @@ def engine_layers(engine: Any, trt: Any) -> list[dict[str, Any]]:
     found = []
     for layer in layers:
         if isinstance(layer, str):
-            found.append({"name": layer, "type": "", "plugin": False})
+            found.append({"name": layer, "type": "", "plugin": False, "nodes": []})
             continue
         kind = str(layer.get("LayerType", ""))
         found.append(
@@ -375,6 +378,7 @@ def engine_layers(engine: Any, trt: Any) -> list[dict[str, Any]]:
                 "type": kind,
                 "plugin": "plugin" in kind.lower(),
                 "tactic": str(layer.get("TacticValue", layer.get("TacticName", ""))),
+                "nodes": re.findall(r"\[ONNX Layer: ([^\]]*)\]", str(layer.get("Metadata", ""))),
             }
         )
     return found
@@ -449,6 +453,7 @@ def make_sidecar(model: onnx.ModelProto, blob: bytes, options: BuildOptions, inf
             "version_compatible": options.version_compatible,
             "hardware_compatible": options.hardware_compatible,
             "refit": options.refit,
+            "fp16_accumulation": options.fp16_accumulation,
             **{key: value for key, value in asdict(info).items() if key not in ("plugin_layers", "messages")},
             "plugin_layers": len(info.plugin_layers),
         },

@@ -85,8 +85,14 @@ def _inspect_engine(path: Path) -> dict[str, Any]:
         layers = engine_layers(engine, process().trt)
         found["layers"] = len(layers)
         found["plugin_layers"] = sum(layer["plugin"] for layer in layers)
-        found["layer_list"] = [f"{'ours   ' if layer['plugin'] else 'TensorRT'} {layer['type']:<14} {layer['name']}" for layer in layers]
+        found["layer_list"] = [_layer_line(layer) for layer in layers]
     return found
+
+
+def _layer_line(layer: dict[str, Any]) -> str:
+    """Whose it is, its type and name; the first of the ONNX nodes that it came from where TensorRT's name does not tell."""
+    told = layer["nodes"] and layer["name"].startswith("__my")
+    return f"{'ours   ' if layer['plugin'] else 'TensorRT'} {layer['type']:<14} {layer['name']}{'  of ' + layer['nodes'][0] if told else ''}"
 
 
 def _inspect_plan(path: Path) -> dict[str, Any]:

@@ -173,8 +173,9 @@ def bench(
         precisions: default fp16 for engines, fp32 otherwise.
         batches: default: an engine file's profile (least, best, most); 1 and 128 for engines to build; 1 otherwise.
         runtime: what runs a model to build: engine, onnx or eager.
-        vs: rivals: eager, compile, mamba_ssm, onnx, onnx-cpu, deit, unmerged (ours without the plan), engine@N (our engine on
-            pieces of N images; for batches larger than N), or .engine/.onnx files. One that cannot run here is skipped with its reason.
+        vs: rivals: eager, compile, mamba_ssm, onnx, onnx-cpu, deit, unmerged (ours without the plan), fp16-accumulation (our engine with
+            GEMMs added up in fp16), engine@N (our engine on pieces of N images; for batches larger than N), or .engine/.onnx files.
+            One that cannot run here is skipped with its reason.
         launch: on a GPU in a CUDA graph, as plain launches, or both.
         profile: time of each node of an engine, grouped by torch module, with floors.
         max_ratio: gate: subject / rival at most this, for every rival and case. Look at `result.failures`, or call `result.check()`.

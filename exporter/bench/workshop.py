@@ -27,7 +27,7 @@ from ..files import written_aside
 from .backends import DTYPES, Backend, EngineBackend, OnnxBackend, TorchBackend, release, require_cuda
 from .results import Case
 
-KINDS = ("eager", "compile", "mamba_ssm", "onnx", "onnx-cpu", "deit", "unmerged")
+KINDS = ("eager", "compile", "mamba_ssm", "onnx", "onnx-cpu", "deit", "unmerged", "fp16-accumulation")
 FILE_SUFFIXES = (".engine", ".plan", ".onnx")
 EXPORTERS = 4
 """Processes that export at once, at most: one of vim-b takes 4 GB."""
@@ -233,18 +233,18 @@ class Workshop:
         built = f"built in {info.seconds:.0f} s{' with a warm timing cache' if info.cache_hits else ''}, Builder {info.builder_seconds:.0f} s apart"
         return deserialize(process(), blob), len(blob), built
 
-    def engine(self, spec: Spec, batch: int, name: str = "engine", piece: int | None = None) -> EngineBackend:
+    def engine(self, spec: Spec, batch: int, name: str = "engine", piece: int | None = None, fp16_accumulation: bool = False) -> EngineBackend:
         """Our engine, built for exactly this batch, or for pieces of it."""
         from ..passes.tensorrt import lower_tensorrt
 
         def make() -> EngineBackend:
-            lowered = lower_tensorrt(self.portable(spec), spec.precision)
+            lowered = lower_tensorrt(self.portable(spec), spec.precision, fp16_accumulation)
             each = piece or batch
             engine, size, origin = self._built(lowered, f"{_stem(spec)}-{spec.precision}-b{each}", BatchProfile(each, each, each))
             weights = self.weights(spec)
             return EngineBackend(name, engine, spec.image_size, spec.precision, weights=weights, engine_bytes=size, notes=(origin,), piece=piece)
 
-        made: EngineBackend = self._once(("engine", spec, batch, piece), make)
+        made: EngineBackend = self._once(("engine", spec, batch, piece, fp16_accumulation), make)
         return made
 
     def deit(self, spec: Spec, batch: int) -> EngineBackend:
@@ -315,6 +315,10 @@ class Workshop:
             return OnnxBackend(kind, lambda: self.portable(spec).SerializeToString(), size, where, self.weights(spec))
         if kind == "unmerged":
             return self.unmerged(spec, batch)
+        if kind == "fp16-accumulation":
+            if device != "cuda" or precision != "fp16":
+                raise ConfigError(f"fp16-accumulation is an fp16 engine on a GPU, not {precision} on {device}")
+            return self.engine(spec, batch, kind, fp16_accumulation=True)
         if kind == "deit":
             if device != "cuda":
                 raise MissingDependencyError("DeiT is timed as a TensorRT engine, which needs an NVIDIA GPU")

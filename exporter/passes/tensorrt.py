@@ -20,8 +20,8 @@ from .fuse_patch_embed import fuse_patch_embed
 from .gather_rows import gather_rows
 
 
-def lower_tensorrt(model: onnx.ModelProto, precision: str = "fp32") -> onnx.ModelProto:
-    """Lower a portable model (unchanged) for TensorRT at fp32, fp16 or bf16.
+def lower_tensorrt(model: onnx.ModelProto, precision: str = "fp32", fp16_accumulation: bool = False) -> onnx.ModelProto:
+    """Lower a portable model (unchanged) for TensorRT at fp32, fp16 or bf16; `fp16_accumulation` as in `cast_precision`.
 
     Raises:
         ExportError: the model is not a portable ViM export; says what differs and where.
@@ -29,7 +29,7 @@ def lower_tensorrt(model: onnx.ModelProto, precision: str = "fp32") -> onnx.Mode
     graph = gs.import_onnx(model)
     for step in (detach_bodies, fuse_patch_embed, fuse_aligned, fuse_mixer, gather_rows, fuse_add_norm):
         graph = step(graph)
-    graph = cast_precision(graph, precision)
+    graph = cast_precision(graph, precision, fp16_accumulation)
     check_lowered(graph)
     # Reading types and shapes back from the portable graph would contradict what changed: TensorRT infers its own.
     lowered = gs.export_onnx(graph)

@@ -91,7 +91,7 @@ def test_patch_embedding_of_any_shape(changes):
 
 
 def test_the_stream_begins_with_rows_a_gemm_and_the_first_norm(portable):
-    nodes = lower_tensorrt(portable("edge")[1], "fp16").graph.node
+    nodes = lower_tensorrt(portable("edge")[1], "fp16", fp16_accumulation=True).graph.node
     assert [node.op_type for node in nodes[:4]] == ["StmPatchRows", "MatMul", "StmAddMergeNorm", "MatMul"]
     rows, gemm, norm, in_proj = nodes[:4]
     assert list(rows.input) == ["images"]
@@ -140,6 +140,7 @@ def test_precision_lies_where_the_table_says(portable, precision):
     lowered = lower_tensorrt(portable("edge")[1], precision)
     half = onnx.TensorProto.FLOAT16 if precision == "fp16" else onnx.TensorProto.BFLOAT16
     types = {i.name: i.data_type for i in lowered.graph.initializer}
+    cast = {node.output[0]: node.input[0] for node in lowered.graph.node if node.op_type == "Cast"}
     specs = {op.name: op for op in FUSED_OPS}
     seen = 0
     for node in lowered.graph.node:
@@ -149,11 +150,40 @@ def test_precision_lies_where_the_table_says(portable, precision):
                     assert types[name] == (half if operand.type == "T" else onnx.TensorProto.FLOAT), (node.name, name)
                     seen += 1
         if node.op_type in ("MatMul", "Gemm", "Conv"):
-            assert types[node.input[1]] == half
+            assert types[cast.get(node.input[1], node.input[1])] == half
     assert seen > 20
     (out,) = lowered.graph.output
     (images,) = lowered.graph.input
     assert {out.type.tensor_type.elem_type, images.type.tensor_type.elem_type} == {onnx.TensorProto.FLOAT}
+
+
+@pytest.mark.parametrize("precision,wanted", [("fp16", False), ("fp16", True), ("bf16", False)])
+def test_fp16_gemms_add_up_in_float32_unless_asked_otherwise(portable, precision, wanted):
+    """Half operands -> float32 -> product -> half is what TensorRT takes for such a kernel; bf16 has no other, so it needs none of that."""
+    lowered = lower_tensorrt(portable("edge")[1], precision, fp16_accumulation=wanted)
+    nodes = lowered.graph.node
+    made = {name: node for node in nodes for name in node.output}
+    read = {name: node for node in nodes for name in node.input}
+    float32, half = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+    products = [node for node in nodes if node.op_type in ("MatMul", "Gemm")]
+    assert len(products) == 2 * CONFIG.depth + 2
+
+    def between_casts(node):
+        before = [made[name] for name in node.input if name in made]
+        after = read[node.output[0]]
+        return [c.op_type for c in (*before, after)] == ["Cast"] * 3 and [c.attribute[0].i for c in (*before, after)] == [float32, float32, half]
+
+    assert {between_casts(node) for node in products} == {precision == "fp16" and not wanted}
+    assert ("Gemm" in {node.op_type for node in products}) == (precision == "bf16" or wanted)
+
+
+def test_a_gemm_that_cannot_be_split_is_refused(portable):
+    graph = gs.import_onnx(portable("none")[1])
+    for step in (detach_bodies, fuse_patch_embed, fuse_mixer, fuse_add_norm):
+        graph = step(graph)
+    next(node for node in graph.nodes if node.op == "Gemm").attrs["alpha"] = 0.5
+    with pytest.raises(ExportError, match="no product with constant weights plus a bias"):
+        cast_precision(graph, "fp16")
 
 
 def test_bf16_rounds_to_nearest_even(portable):

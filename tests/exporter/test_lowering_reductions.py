@@ -139,10 +139,11 @@ def out_types(node, known):
     return [kinds[0]] * len(node.output)
 
 
+@pytest.mark.parametrize("fp16_accumulation", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_types_agree_as_a_strongly_typed_network_wants(exported, case):
+def test_types_agree_as_a_strongly_typed_network_wants(exported, case, fp16_accumulation):
     """Scores and averages in float32, residual in float32, hidden rows and GEMMs in half, indices int64."""
-    lowered = lower_tensorrt(exported(case)[1], "fp16")
+    lowered = lower_tensorrt(exported(case)[1], "fp16", fp16_accumulation)
     known = {tensor.name: tensor.data_type for tensor in lowered.graph.initializer} | {"images": onnx.TensorProto.FLOAT}
     for node in lowered.graph.node:
         known |= dict(zip(node.output, out_types(node, known), strict=True))
