@@ -146,7 +146,7 @@ def _engine_options(parser: argparse.ArgumentParser) -> None:
 
 def _build_options(args: argparse.Namespace) -> Any:
     """BuildOptions from the command line; None where no engine is asked for."""
-    from .deploy import ENGINE_SUFFIXES
+    from .deploy import ENGINE_SUFFIXES, check_accumulation
     from .engine import BatchProfile, BuildOptions, default_timing_cache
 
     shapes = (args.minShapes, args.optShapes, args.maxShapes)
@@ -161,6 +161,7 @@ def _build_options(args: argparse.Namespace) -> Any:
         raise ConfigError("give --batch or --minShapes/--optShapes/--maxShapes, not both")
     size = args.image_size if isinstance(args.image_size, tuple) else (args.image_size, args.image_size)
     batch = BatchProfile.parse(args.batch) if args.batch else BatchProfile.from_shapes(*shapes, size)  # told before what is missing here
+    check_accumulation(args.precision or "fp16", args.fp16_accumulation)
     if args.timing_cache == "none":
         cache = None
     else:
@@ -285,9 +286,16 @@ def _accuracy_parser(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=["default"],
         metavar="M[,..]",
-        help="time TensorRT engines of these methods and of all --plan (default: stm, stm-mean, tome, mtr, resolution, as far as measured)",
+        help="time TensorRT engines of these methods or groups and of all --plan (default: stm, stm-mean, tome, mtr, resolution, as far as measured)",
     )
     group.add_argument("--latency-batch", type=_batches, default=[1, 128], metavar="N[,..]", help="default 1,128")
+    group.add_argument(
+        "--build-jobs",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="build rivals' engines, a minute each, by N processes, 5 GB each; their kernels are then chosen on a busy GPU (default 1: alone)",
+    )
     group = parser.add_argument_group("running")
     group.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     group.add_argument("--batch", type=_positive, metavar="N", help="images at once (default on a GPU 2048 for vim-n, 16 on a CPU)")
@@ -611,6 +619,7 @@ def _run_accuracy(args: argparse.Namespace) -> Answer:
                 images=args.images,
                 latency=None if args.latency is None else [*args.latency, *plans],
                 latency_batches=args.latency_batch,
+                build_jobs=args.build_jobs,
                 device=args.device,
                 batch=args.batch,
                 minutes=args.minutes,

@@ -134,6 +134,14 @@ def reference_folder(output: Path) -> Path:
     return output.with_suffix(".reference")
 
 
+def check_accumulation(precision: str, fp16_accumulation: bool) -> None:
+    """Raises:
+    ConfigError: fp16 sums of what is not fp16.
+    """
+    if fp16_accumulation and precision != "fp16":
+        raise ConfigError(f"precision is {precision}; only products in fp16 can be added up in fp16: drop --fp16-accumulation")
+
+
 def export(
     name: str,
     output: str | os.PathLike[str],
@@ -189,8 +197,7 @@ def export(
     if precision != "fp32" and not engine:
         raise ConfigError(f"precision is {precision!r}; a portable .onnx is fp32. Engines (-o x.engine) take fp16 and bf16")
     options = build or BuildOptions()
-    if options.fp16_accumulation and precision != "fp16":
-        raise ConfigError(f"precision is {precision}; only products in fp16 can be added up in fp16: drop --fp16-accumulation")
+    check_accumulation(precision, options.fp16_accumulation)
     if engine:
         require_tensorrt()
         require_gpu()

@@ -5,7 +5,7 @@
 #   TENSORRT_INCLUDE_DIR: TensorRT's headers.  STM_GPU_PARTS: what to run (default "engines sanitizers accuracy soak latency
 #   reductions bench kernels trtexec"; STM_GPU_REDUCTIONS: which methods).  STM_GPU_SOAK_SECONDS: how long the soaks last (default 60)
 #   STM_TRTEXEC: NVIDIA's trtexec, where it is not on the PATH
-# Parity and build tests, sanitizers, the kernel test and trtexec run in some twenty processes at once, spread over all GPUs (or those
+# Parity, build and reduction tests, sanitizers, the kernel test and trtexec run in some twenty processes at once, spread over all GPUs (or those
 # of CUDA_VISIBLE_DEVICES); what is timed runs alone on the first one, after them.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -79,6 +79,12 @@ case "$parts" in *" sanitizers "*)
   done
   spread engine_memcheck ;;
 esac
+case "$parts" in *" reductions "*)
+  count=$(wc -w <<< "${STM_GPU_REDUCTIONS:-all eleven of them}")  # processes: four, or one a method
+  for ((part = 0; part < (count < 4 ? count : 4); part++)); do
+    STM_GPU_REDUCTIONS_PART=$part/$((count < 4 ? count : 4)) spread step "reductions-$part" gpu_tests tests/gpu/test_reductions.py
+  done ;;
+esac
 case "$parts" in *" accuracy "*) spread step accuracy gpu_tests tests/gpu/test_scan_accuracy.py ;; esac
 case "$parts" in *" kernels "*) spread step kernels "$kernel_test" ;; esac
 case "$parts" in *" trtexec "*)
@@ -94,7 +100,6 @@ case "$parts" in *" soak "*)
   STM_GPU_MODELS=vim-t STM_GPU_RATES=0.2 step soak gpu_tests tests/gpu/test_soak.py
   step kernel-soak "$kernel_test" --soak "${STM_GPU_SOAK_SECONDS:-60}" ;;
 esac
-case "$parts" in *" reductions "*) step reductions gpu_tests tests/gpu/test_reductions.py ;; esac
 case "$parts" in *" bench "*) step bench gpu_tests tests/gpu/test_bench.py ;; esac
 python3 tests/gpu_table.py "$out" || touch "$out/failed"
 cat "$out/summary.txt"

@@ -57,9 +57,10 @@ def test_everything_runs_and_what_is_timed_runs_on_the_first_gpu(tmp_path: Path)
     used = {call.split("gpu=")[1].split(" ")[0] for call in calls if "test_engine_parity" in call}
     assert used == {"0", "1"}
     timed = [
-        call for call in calls if any(name in call for name in ("test_latency", "test_soak", "test_bench", "test_reductions", "--time", "--soak"))
+        call for call in calls if any(name in call for name in ("test_latency", "test_soak", "test_bench", "--time", "--soak"))
     ]
-    assert len(timed) == 6
+    assert len(timed) == 5
+    assert summary.count("reductions-") == 4
     assert all("gpu=0 " in call for call in timed)
     assert summary.count("Throughput: 100 qps") == 4, "trtexec: built and run, with the library as static and as dynamic plugin"
 
@@ -75,6 +76,11 @@ def test_a_step_that_fails_fails_the_whole(tmp_path: Path, breaks: str) -> None:
     assert code != 0
     assert "FAILED (exit 3)" in summary
     assert any("test_bench" in call for call in calls), "what comes after it is run all the same"
+
+
+def test_reductions_are_spread_over_as_many_processes_as_there_are_methods(tmp_path: Path) -> None:
+    _, _, summary = run(tmp_path, STM_GPU_PARTS="reductions", STM_GPU_REDUCTIONS="tome utr")
+    assert summary.count("reductions-") == 2
 
 
 def test_without_trtexec_it_says_so(tmp_path: Path) -> None:

@@ -93,14 +93,26 @@ def reduced_portable(workshop: Workshop, spec: Spec, reduction: Reduction) -> An
 class Exports:
     """ONNX files made by processes of their own while the accuracy pass has the GPU: an export is some ten seconds of one core.
 
-    Where a process fails, the engine is exported again when it is timed, and says why it cannot be.
+    With `build_jobs` above 1 so many processes also build the engines of methods that look at the image, which take TensorRT a minute of one
+    core each, into the folder where `engine_of` finds them. Engines of plans are built one after the other, when they are timed.
+
+    Where a process fails, its work is done again when the engine is timed, and says why it cannot be.
     """
 
-    def __init__(self, bench: Bench, records: Records, cells: Sequence[Cell], batches: Sequence[int]) -> None:
+    def __init__(
+        self,
+        bench: Bench,
+        records: Records,
+        cells: Sequence[Cell],
+        batches: Sequence[int],
+        build_jobs: int = 1,
+        plugin_library: str | Path | None = None,
+    ) -> None:
         from ..bench.workshop import export_pool
 
         self.folder = records.folder / "engines"
-        self._pool = export_pool(min(EXPORTERS, max(1, (os.cpu_count() or 2) // 2)))
+        self._pool = export_pool(build_jobs if build_jobs > 1 else min(EXPORTERS, max(1, (os.cpu_count() or 2) // 2)))
+        build = tuple(batches) if build_jobs > 1 else ()
         self._made: dict[str, Future[None]] = {}
         for cell in cells:
             try:
@@ -113,7 +125,7 @@ class Exports:
             if not self._made:
                 self._made["0"] = self._pool.submit(export_ahead, self.folder, spec_of(bench, None, "0"), None)
             label = records_label(cell)
-            self._made[label] = self._pool.submit(export_ahead, self.folder, spec_of(bench, candidate, label), described)
+            self._made[label] = self._pool.submit(export_ahead, self.folder, spec_of(bench, candidate, label), described, build, plugin_library)
 
     def wait(self, label: str) -> None:
         for one in ("0", label):
@@ -127,8 +139,13 @@ class Exports:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def export_ahead(folder: Path, spec: Spec, described: Mapping[str, Any] | None) -> None:
-    """Leave the ONNX file that `engine_of` looks for in the folder."""
+def export_ahead(
+    folder: Path, spec: Spec, described: Mapping[str, Any] | None, batches: Sequence[int] = (), plugin_library: str | Path | None = None
+) -> None:
+    """Leave the ONNX file that `engine_of` looks for in the folder, and the engines of a described method for `batches`.
+
+    Those have a timing cache of their own: what is measured on a GPU that others use stays out of the user's.
+    """
     from ..bench.workshop import Workshop, export_one
 
     if described is None:
@@ -139,7 +156,12 @@ def export_ahead(folder: Path, spec: Spec, described: Mapping[str, Any] | None) 
     from stm import model_config
 
     torch.set_num_threads(2)
-    reduced_portable(Workshop("cpu", folder=folder), spec, from_description(described, model_config(spec.model, spec.image_size, spec.num_classes)))
+    reduction = from_description(described, model_config(spec.model, spec.image_size, spec.num_classes))
+    reduced_portable(Workshop("cpu", folder=folder), spec, reduction)
+    if batches:
+        workshop = Workshop("cuda", folder=folder, plugin_library=plugin_library, timing_cache=folder / f"ahead-{os.getpid()}.cache")
+        for batch in batches:
+            reduced_engine(workshop, spec, reduction, batch)
 
 
 def _timed(records: Records, candidate: Candidate, cell: Cell, batch: int) -> bool:

@@ -29,7 +29,7 @@ from ..evaluation.subjects import require_device
 from ..files import check_writable
 from ..progress import Steps
 from .budgets import AS_IT_IS, budgets
-from .cells import DEFAULT, Bench, Candidate, Cell, cells, load_plan, next_smaller, normalised, parse_methods
+from .cells import DEFAULT, GROUPS, Bench, Candidate, Cell, cells, load_plan, next_smaller, normalised, parse_methods
 from .fast_scan import fast_scan
 from .observe import observe
 from .records import RUN_FILE, Records, read_run
@@ -66,6 +66,7 @@ def measure(
     images: int = DEFAULT_IMAGES,
     latency: Sequence[str] | None = None,
     latency_batches: Sequence[int] = (1, 128),
+    build_jobs: int = 1,
     smaller: VisionMamba | None = None,
     device: str | None = None,
     batch: int | None = None,
@@ -83,8 +84,10 @@ def measure(
         token_layers, flops: budgets, see `budgets.budgets`.
         plans: name -> plan files or plans of the user's.
         images: test images of each variant; the same ones always, and those of a smaller number are among them.
-        latency: methods whose TensorRT engines are timed ("default": those of `DEFAULT_LATENCY` that are measured); None: none. Needs
+        latency: methods and groups whose TensorRT engines are timed ("default": `DEFAULT_LATENCY`; of groups those that are measured); None: none. Needs
             a GPU, TensorRT and our plugin library.
+        build_jobs: processes that build engines of methods that look at the image, ahead of the timing; above 1 TensorRT chooses their kernels
+            on a GPU that is busy.
         smaller: control; None: the next smaller model with packaged weights.
         batch: images at once; default 2,048 for vim-n and 682 for vim-t on a GPU, 16 on a CPU.
         minutes: start nothing new after so many minutes.
@@ -114,7 +117,8 @@ def measure(
         from .latency import require_engines
 
         known = {cell.name for cell in todo}
-        latency = [name for one in latency for name in (DEFAULT_LATENCY if one == "default" else [one]) if one != "default" or name in known]
+        groups = {"default": DEFAULT_LATENCY, "all": tuple(known - {UNMERGED}), **GROUPS}
+        latency = list(dict.fromkeys(name for one in latency for name in groups.get(one, [one]) if one not in groups or name in known))
         if strange := [name for name in latency if name not in known]:
             raise ConfigError(f"latency of {strange[0]!r} is asked for, which is not measured; methods: {', '.join(sorted(known))}")
         require_engines(plugin_library)
@@ -162,7 +166,7 @@ def measure(
             if timed and where == "cuda":
                 from .latency import Exports
 
-                exports = stack.enter_context(Exports(bench, records, timed, latency_batches))
+                exports = stack.enter_context(Exports(bench, records, timed, latency_batches, build_jobs, plugin_library))
             about["scan"] = "Triton" if stack.enter_context(fast_scan(where, config.d_inner, config.d_state)) else "torch"
             for variant in variants:
                 left += _variant(bench, records, variant, todo, images, size, impossible, deadline, steps)

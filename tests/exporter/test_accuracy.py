@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ from exporter.accuracy.budgets import TOKEN_LAYERS, Budget, at_flops, budgets, k
 from exporter.accuracy.cells import GROUPS, Bench, Cell, cells, family, load_plan, normalised, parse_methods, scheduled_like
 from exporter.accuracy.observe import class_state, observe
 from exporter.accuracy.plots import draw_plots
+from exporter.accuracy.records import Records
 from exporter.accuracy.report import against, claims, markdown, terminal_lines
 from exporter.accuracy.statistics import NOISE, bootstrap_mean, paired_difference
 from exporter.bench.report import BEGIN, END
@@ -499,6 +501,12 @@ def test_latency_is_taken_with_the_unmerged_model_and_rivals_may_lack_it(tmp_pat
     count = len(built)
     measure(tiny(), tmp_path, **arguments)
     assert len(built) == count, "timed once"
+    timed_of = {"default": {"stm", "mtr"}, "rivals": {"mtr"}, "all": {"stm", "mtr"}}
+    for group, names in timed_of.items():
+        seen: list[set[str]] = []
+        monkeypatch.setattr(latency_module, "time_engines", lambda bench, records, cells, *rest, seen=seen: seen.append({c.name for c in cells}) or [])
+        measure(tiny(), tmp_path, **{**arguments, "latency": [group]})
+        assert seen == [names], group
     with pytest.raises(ConfigError, match="latency of 'utr' is asked for, which is not measured"):
         measure(tiny(), tmp_path, **{**arguments, "latency": ["utr"]})
 
@@ -530,6 +538,26 @@ def test_onnx_files_made_ahead_are_used_by_the_engines(tmp_path: Path, monkeypat
     monkeypatch.setattr(workshop, "_built", lambda lowered, name, batch: (None, 0, "fake"))
     for name, candidate in made.items():
         assert latency_module.engine_of(workshop, bench, candidate, name, 2).name == "engine"
+
+
+def test_engines_of_rivals_are_built_ahead_for_each_batch_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TINY.with_changes(name="vim-n", image_size=(64, 64), depth=2)
+    monkeypatch.setitem(stm.registry._MODELS, "vim-n", stm.registry.ModelEntry(config, None, None))
+    bench = Bench(VisionMamba(config, cls_only_last=False).eval())
+    built: list[tuple[str, int, str]] = []
+
+    def note(workshop: Any, lowered: Any, name: str, batch: Any) -> tuple[Any, int, str]:
+        built.append((name, batch.opt, workshop.timing_cache.parent.name))
+        return None, 0, "fake"
+
+    monkeypatch.setattr(Workshop, "_built", note)
+    cells = [Cell(name, Budget(TOKEN_LAYERS, 4)) for name in ("stm", "mtr")]
+    monkeypatch.setattr("exporter.bench.workshop.export_pool", lambda workers: ThreadPoolExecutor(1))
+    for jobs, wanted in ((1, []), (2, [("vim-n-mtr--TL-4-fp16-b2", 2, "engines"), ("vim-n-mtr--TL-4-fp16-b3", 3, "engines")])):
+        with latency_module.Exports(bench, Records(tmp_path / str(jobs)), cells, (2, 3), jobs) as exports:
+            for cell in cells:
+                exports.wait(latency_module.records_label(cell))
+        assert built == wanted, jobs
 
 
 # --- the quicker scan --------------------------------------------------------------------------------------------------------

@@ -239,6 +239,8 @@ USAGE = {
     "suffix": ["-o", "vim.trt"],
     "batch spelled wrong, told before TensorRT is missed": ["--batch", "1:8", "-o", "vim.engine"],
     "an engine's option for onnx": ["--refit", "-o", "vim.onnx"],
+    "fp16's sums for onnx": ["--fp16-accumulation", "-o", "vim.onnx"],
+    "fp16's sums for bf16, told before TensorRT is missed": ["--fp16-accumulation", "--precision", "bf16", "-o", "vim.engine"],
 }
 
 

@@ -1,4 +1,4 @@
-"""Methods that look at the image as engines: ViM-Ti, fp16, each on our nodes, right, and timed.
+"""Methods that look at the image as engines: ViM-Ti, fp16, each on our nodes, and right. `stm bench accuracy --latency` times them.
 
 The rule for right: scores that nearly tie may come out in another order in half precision, and such an image goes another way, in
 PyTorch's half precision, too. So an engine passes if all images keep the fp16 tolerance, or if the median and the 90 % quantile of the
@@ -19,7 +19,7 @@ from exporter.images import varied_inputs
 from exporter.parity import compare_logits
 from exporter.passes.tensorrt import plugin_nodes
 from exporter.runtimes.pytorch import TorchRunner
-from exporter.runtimes.trt import graph_latency_ms, tensorrt_runner
+from exporter.runtimes.trt import tensorrt_runner
 from exporter.tolerances import tolerance
 from stm.reduction import list_reductions
 
@@ -27,7 +27,8 @@ from .conftest import written_once
 from .test_engine_parity import logits
 
 MODEL, PRESET, IMAGES, BATCHES = "vim-t", "tl-792", 128, (1, 64, 128)
-METHODS = os.environ.get("STM_GPU_REDUCTIONS", " ".join(list_reductions())).split()
+PART, PARTS = map(int, os.environ.get("STM_GPU_REDUCTIONS_PART", "0/1").split("/"))
+METHODS = os.environ.get("STM_GPU_REDUCTIONS", " ".join(list_reductions())).split()[PART::PARTS]
 
 
 def _export(folder, method):
@@ -83,9 +84,6 @@ def test_engine_of_a_method(method, exported, work, record):
     away, torchs_away = (float(np.mean(errors > allowed.max_error)) for errors in (ours, theirs))
     row = {"method": method, "preset": PRESET, "seconds": info.seconds, "metrics": metrics, "within_tolerance": not failures}
     record("reduction", **row, quantiles=quantiles, away=away, torchs_away=torchs_away)
-    for batch in (BATCHES[0], BATCHES[-1]):
-        figures = graph_latency_ms(engine, batch, config.image_size, replays=20 if batch > 1 else 100)
-        record("latency", model=f"{MODEL} {method}", rate=PRESET, build_seconds=info.seconds, memory_mib=info.device_memory_bytes / 2**20, **figures)
     assert np.isfinite(np.concatenate(got)).all()
     if failures:
         for name, (mine, torchs) in quantiles.items():
