@@ -153,7 +153,17 @@ def _build_options(args: argparse.Namespace) -> Any:
     if Path(args.output).suffix not in ENGINE_SUFFIXES:
         if args.batch or any(shapes):
             raise ConfigError(f"--batch and --*Shapes belong to engines; {args.output} has a dynamic batch of any size")
-        names = ("timing_cache", "workspace", "version_compatible", "hardware_compatible", "embed_plugins", "refit", "tf32", "fp16_accumulation", "plugin_library")
+        names = (
+            "timing_cache",
+            "workspace",
+            "version_compatible",
+            "hardware_compatible",
+            "embed_plugins",
+            "refit",
+            "tf32",
+            "fp16_accumulation",
+            "plugin_library",
+        )
         if idle := ["--" + name.replace("_", "-") for name in names if getattr(args, name)]:
             raise ConfigError(f"{', '.join(idle)}: belongs to engines; {args.output} is none")
         return None

@@ -56,9 +56,7 @@ def test_everything_runs_and_what_is_timed_runs_on_the_first_gpu(tmp_path: Path)
         assert any(call.startswith("compute-sanitizer") and tool in call for call in calls), tool
     used = {call.split("gpu=")[1].split(" ")[0] for call in calls if "test_engine_parity" in call}
     assert used == {"0", "1"}
-    timed = [
-        call for call in calls if any(name in call for name in ("test_latency", "test_soak", "test_bench", "--time", "--soak"))
-    ]
+    timed = [call for call in calls if any(name in call for name in ("test_latency", "test_soak", "test_bench", "--time", "--soak"))]
     assert len(timed) == 5
     assert summary.count("reductions-") == 4
     assert all("gpu=0 " in call for call in timed)

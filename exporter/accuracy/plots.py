@@ -99,7 +99,9 @@ def _accuracy(run: Run, path: Path, label: str, place: Callable[[Row], float | N
     apart; bars are the paired 95 % intervals."""
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    groups = _groups(run)
+    placed = {row.name for row in run.rows if place(row) is not None}
+    everything = _groups(run)
+    groups = [(title, names) for title, names in everything if placed & (set(names) - {"stm"})] or everything[:1]  # stm is in each, to compare
     figure = _figure(2.6 + 4.4 * len(run.variants), 0.6 + 3.6 * len(groups))
     grid = figure.subplots(len(groups), len(run.variants), squeeze=False, sharex="all", sharey="all")
     lowest = 100 * min((row.difference.low for row in run.rows if row.difference and place(row) is not None), default=0.0)

@@ -84,8 +84,8 @@ def measure(
         token_layers, flops: budgets, see `budgets.budgets`.
         plans: name -> plan files or plans of the user's.
         images: test images of each variant; the same ones always, and those of a smaller number are among them.
-        latency: methods and groups whose TensorRT engines are timed ("default": `DEFAULT_LATENCY`; of groups those that are measured); None: none. Needs
-            a GPU, TensorRT and our plugin library.
+        latency: methods and groups whose TensorRT engines are timed ("default": `DEFAULT_LATENCY`; of groups what is measured); None: none.
+            Needs a GPU, TensorRT and our plugin library.
         build_jobs: processes that build engines of methods that look at the image, ahead of the timing; above 1 TensorRT chooses their kernels
             on a GPU that is busy.
         smaller: control; None: the next smaller model with packaged weights.

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -504,7 +505,9 @@ def test_latency_is_taken_with_the_unmerged_model_and_rivals_may_lack_it(tmp_pat
     timed_of = {"default": {"stm", "mtr"}, "rivals": {"mtr"}, "all": {"stm", "mtr"}}
     for group, names in timed_of.items():
         seen: list[set[str]] = []
-        monkeypatch.setattr(latency_module, "time_engines", lambda bench, records, cells, *rest, seen=seen: seen.append({c.name for c in cells}) or [])
+        monkeypatch.setattr(
+            latency_module, "time_engines", lambda bench, records, cells, *rest, seen=seen: seen.append({c.name for c in cells}) or []
+        )
         measure(tiny(), tmp_path, **{**arguments, "latency": [group]})
         assert seen == [names], group
     with pytest.raises(ConfigError, match="latency of 'utr' is asked for, which is not measured"):
@@ -558,6 +561,38 @@ def test_engines_of_rivals_are_built_ahead_for_each_batch_where_asked(tmp_path: 
             for cell in cells:
                 exports.wait(latency_module.records_label(cell))
         assert built == wanted, jobs
+
+
+# --- docs/accuracy.md --------------------------------------------------------------------------------------------------------
+
+
+def test_the_document_is_what_its_records_say(tmp_path: Path) -> None:
+    """The archives beside it hold what each image gave; its tables are made from them, to the last digit."""
+    docs = Path(__file__).parents[2] / "docs"
+    written = (docs / "accuracy.md").read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
+    made = ""
+    for name in ("n", "t"):
+        with tarfile.open(docs / "accuracy" / f"records-vim-{name}.tar.xz") as archive:
+            archive.extractall(tmp_path, filter="data")
+        made += markdown(read_run(tmp_path / f"accuracy-{name}"), [])
+    lines = [line for line in written.splitlines() if line.strip() and not line.startswith("![")]
+    assert lines == [line for line in made.splitlines() if line.strip()]
+
+
+def test_a_plot_has_no_panels_of_stm_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[str] = []
+
+    def note(figure: Any, path: Path) -> Path:
+        titles.extend(axes.get_title() for axes in figure.axes)
+        return path
+
+    run = measure(tiny(), tmp_path, **{**QUICK, "methods": ["stm", "stm-mean", "mtr"]})
+    monkeypatch.setattr(plots_module, "_save", note)
+    plots_module._accuracy(run, tmp_path / "all.png", "GFLOPs", lambda row: 1.0)
+    assert {title.rpartition(": ")[2] for title in titles} == {"methods", "rules and weights of stm"}
+    titles.clear()
+    plots_module._accuracy(run, tmp_path / "some.png", "ms", lambda row: 1.0 if row.name in ("none", "stm", "mtr") else None)
+    assert {title.rpartition(": ")[2] for title in titles} == {"methods"}
 
 
 # --- the quicker scan --------------------------------------------------------------------------------------------------------

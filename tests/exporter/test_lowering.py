@@ -157,7 +157,7 @@ def test_precision_lies_where_the_table_says(portable, precision):
     assert {out.type.tensor_type.elem_type, images.type.tensor_type.elem_type} == {onnx.TensorProto.FLOAT}
 
 
-@pytest.mark.parametrize("precision,wanted", [("fp16", False), ("fp16", True), ("bf16", False)])
+@pytest.mark.parametrize(("precision", "wanted"), [("fp16", False), ("fp16", True), ("bf16", False)])
 def test_fp16_gemms_add_up_in_float32_unless_asked_otherwise(portable, precision, wanted):
     """Half operands -> float32 -> product -> half is what TensorRT takes for such a kernel; bf16 has no other, so it needs none of that."""
     lowered = lower_tensorrt(portable("edge")[1], precision, fp16_accumulation=wanted)

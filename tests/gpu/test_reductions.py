@@ -1,12 +1,13 @@
 """Methods that look at the image as engines: ViM-Ti, fp16, each on our nodes, and right. `stm bench accuracy --latency` times them.
 
 The rule for right: scores that nearly tie may come out in another order in half precision, and such an image goes another way, in
-PyTorch's half precision, too. So an engine passes if all images keep the fp16 tolerance, or if the median and the 90 % quantile of the
-images' errors are within it or within twice those of PyTorch's own fp16 model against PyTorch's float32. Recorded beside it: the share of
-images that are not within it, which the quantile hides where it is near one in ten.
+PyTorch's half precision, too: up to one in ten. So an engine passes if the median image keeps the fp16 tolerance and not more images
+leave it than of PyTorch's own fp16 model: not more beyond chance, by McNemar's exact test on the images that only one of the two takes
+another way. With 512 images, engines whose GEMMs add up in fp16 (14 % of the images away, PyTorch 5.5 %; ToMe) do not pass.
 """
 
 import copy
+import math
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -26,7 +27,7 @@ from stm.reduction import list_reductions
 from .conftest import written_once
 from .test_engine_parity import logits
 
-MODEL, PRESET, IMAGES, BATCHES = "vim-t", "tl-792", 128, (1, 64, 128)
+MODEL, PRESET, IMAGES, BATCHES, CHANCE = "vim-t", "tl-792", 512, (1, 64, 128), 1e-3
 PART, PARTS = map(int, os.environ.get("STM_GPU_REDUCTIONS_PART", "0/1").split("/"))
 METHODS = os.environ.get("STM_GPU_REDUCTIONS", " ".join(list_reductions())).split()[PART::PARTS]
 
@@ -81,10 +82,11 @@ def test_engine_of_a_method(method, exported, work, record):
     ours, theirs = (np.abs(np.concatenate(x).astype(np.float64) - np.concatenate(want)).max(1) / spread for x in (got, half))
     metrics, failures = compare_logits(got, want, allowed)
     quantiles = {f"q{int(100 * q)}": (float(np.quantile(ours, q)), float(np.quantile(theirs, q))) for q in (0.5, 0.9)}
-    away, torchs_away = (float(np.mean(errors > allowed.max_error)) for errors in (ours, theirs))
+    away, torchs_away = (errors > allowed.max_error for errors in (ours, theirs))
+    only_ours, only_torchs = int((away & ~torchs_away).sum()), int((torchs_away & ~away).sum())
+    chance = sum(math.comb(only_ours + only_torchs, k) for k in range(only_ours, only_ours + only_torchs + 1)) / 2 ** (only_ours + only_torchs)
     row = {"method": method, "preset": PRESET, "seconds": info.seconds, "metrics": metrics, "within_tolerance": not failures}
-    record("reduction", **row, quantiles=quantiles, away=away, torchs_away=torchs_away)
+    record("reduction", **row, quantiles=quantiles, away=float(away.mean()), torchs_away=float(torchs_away.mean()), chance=chance)
     assert np.isfinite(np.concatenate(got)).all()
-    if failures:
-        for name, (mine, torchs) in quantiles.items():
-            assert mine <= max(2 * torchs, allowed.max_error), f"{name}: {mine:.3g}, PyTorch's fp16 {torchs:.3g}; {failures}"
+    assert quantiles["q50"][0] <= allowed.max_error, failures
+    assert chance >= CHANCE, f"{away.mean():.1%} of the images went another way, {torchs_away.mean():.1%} in PyTorch's fp16"
