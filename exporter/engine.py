@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,8 @@ def default_timing_cache() -> Path | None:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How to build. `workspace_bytes` None leaves it to TensorRT; `max_threads` 0 means all CPUs; `fp16_accumulation` is for the
-    lowering (`passes.cast_precision`)."""
+    """How to build. `workspace_bytes` None leaves it to TensorRT; `max_threads` 0 means all CPUs; `fp16_accumulation` says how
+    the model given was lowered (`passes.lower_tensorrt`) and goes into the sidecar."""
 
     batch: BatchProfile = BatchProfile()
     timing_cache: Path | None = None
@@ -402,6 +402,12 @@ def deserialize(owner: _Process, blob: bytes, host_code: bool = False) -> Any:
 
 
 # --- sidecar ----------------------------------------------------------------------------------------------------------
+
+
+def adds_up_in_fp16(sidecar: Mapping[str, Any]) -> bool:
+    """Whether an engine's GEMMs may add up in fp16: by its sidecar, and where that says nothing, as before it did, if it is of fp16."""
+    build = sidecar.get("build") or {}
+    return bool(build.get("fp16_accumulation", sidecar["precision"] == "fp16"))
 
 
 def sidecar_path(engine: Path) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 from stm.errors import ConfigError, MissingDependencyError, StmError
 
-from .engine import BatchProfile, BuildOptions, load_engine, require_torch_gpu
+from .engine import BatchProfile, BuildOptions, adds_up_in_fp16, load_engine, require_torch_gpu
 from .errors import ArtefactError, ParityError
 from .file_metadata import read_metadata
 from .images import parity_inputs
@@ -99,8 +99,7 @@ def verify_file(
         )
     if not engine:
         return verify(path, model, precision=precision, batches=batches, bisect=bisect)
-    build = meta.get("build") or {}
-    options = BuildOptions(batch=BatchProfile(**meta["batch"]), fp16_accumulation=bool(build.get("fp16_accumulation")))
+    options = BuildOptions(batch=BatchProfile(**meta["batch"]), fp16_accumulation=adds_up_in_fp16(meta))
     lowered = lower_tensorrt(export_onnx(model), precision, options.fp16_accumulation)
     config = model.config
     feeds = parity_inputs(config.image_size, config.mean, config.std, profile_batches(options.batch, tuple(batches)))

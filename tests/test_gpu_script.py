@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TOOL = '#!/bin/bash\necho "$(basename "$0") gpu=$CUDA_VISIBLE_DEVICES $*" >> "$CALLS"\ncase "$*" in *"$BREAKS"*) exit 3 ;; esac\n'
+CALL = 'echo "$(basename "$0") gpu=$CUDA_VISIBLE_DEVICES $* $STM_GPU_REDUCTIONS_PART" >> "$CALLS"\n'
+TOOL = f'#!/bin/bash\n{CALL}case "$*" in *"$BREAKS"*) exit 3 ;; esac\n'
 SMI = '#!/bin/bash\ncase "$*" in *index*) printf "0\\n1\\n" ;; *) echo "Stub GPU, 1.2" ;; esac\n'
 TRTEXEC = TOOL + 'echo "[07/01/2026-10:00:00] [I] Throughput: 100 qps"\n'
 
@@ -77,8 +78,9 @@ def test_a_step_that_fails_fails_the_whole(tmp_path: Path, breaks: str) -> None:
 
 
 def test_reductions_are_spread_over_as_many_processes_as_there_are_methods(tmp_path: Path) -> None:
-    _, _, summary = run(tmp_path, STM_GPU_PARTS="reductions", STM_GPU_REDUCTIONS="tome utr")
+    _, calls, summary = run(tmp_path, STM_GPU_PARTS="reductions", STM_GPU_REDUCTIONS="tome utr")
     assert summary.count("reductions-") == 2
+    assert {call.split()[-1] for call in calls if "test_reductions.py" in call} == {"0/2", "1/2"}
 
 
 def test_without_trtexec_it_says_so(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import BrokenExecutor, Future
+from concurrent.futures import wait as wait_for
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,9 +96,10 @@ class Exports:
     """ONNX files made by processes of their own while the accuracy pass has the GPU: an export is some ten seconds of one core.
 
     With `build_jobs` above 1 so many processes also build the engines of methods that look at the image, which take TensorRT a minute of one
-    core each, into the folder where `engine_of` finds them. Engines of plans are built one after the other, when they are timed.
+    core each, into the folder where `engine_of` finds them. Engines of plans are built one after the other, when they are timed. Before
+    the first is timed, `settle` waits for the processes to leave the GPU.
 
-    Where a process fails, its work is done again when the engine is timed, and says why it cannot be.
+    Where a process fails or dies, its work is done again when the engine is timed, and says why it cannot be.
     """
 
     def __init__(
@@ -112,7 +115,7 @@ class Exports:
 
         self.folder = records.folder / "engines"
         self._pool = export_pool(build_jobs if build_jobs > 1 else min(EXPORTERS, max(1, (os.cpu_count() or 2) // 2)))
-        build = tuple(batches) if build_jobs > 1 else ()
+        self._build = tuple(batches) if build_jobs > 1 else ()
         self._made: dict[str, Future[None]] = {}
         for cell in cells:
             try:
@@ -122,10 +125,19 @@ class Exports:
             if all(_timed(records, candidate, cell, batch) for batch in batches):
                 continue
             described = candidate.reduction.describe() if candidate.reduction else None
-            if not self._made:
-                self._made["0"] = self._pool.submit(export_ahead, self.folder, spec_of(bench, None, "0"), None)
             label = records_label(cell)
-            self._made[label] = self._pool.submit(export_ahead, self.folder, spec_of(bench, candidate, label), described, build, plugin_library)
+            todo = (self.folder, spec_of(bench, candidate, label), described, self._build, plugin_library)
+            try:
+                if not self._made:
+                    self._made["0"] = self._pool.submit(export_ahead, self.folder, spec_of(bench, None, "0"), None)
+                self._made[label] = self._pool.submit(export_ahead, *todo)
+            except BrokenExecutor:  # a process died, of memory say
+                break
+
+    def settle(self, deadline: float | None) -> None:
+        """Wait until no process builds any more, or until the deadline (`time.monotonic`)."""
+        if self._build:
+            wait_for(self._made.values(), None if deadline is None else max(0.0, deadline - time.monotonic()))
 
     def wait(self, label: str) -> None:
         for one in ("0", label):
@@ -184,6 +196,8 @@ def time_engines(
     from ..bench.workshop import Workshop
     from .runner import expired
 
+    if exports is not None:
+        exports.settle(deadline)
     workshop = Workshop("cuda", folder=records.folder / "engines", plugin_library=plugin_library)
     left: list[tuple[str, ...]] = []
     for cell in cells:

@@ -106,6 +106,8 @@ def measure(
             raise ConfigError(f"variants are {', '.join(variants)}; choose from {', '.join(VARIANTS)}, each once")
     if output is not None:
         check_writable(Path(output) / RUN_FILE)
+    if build_jobs > 1 and latency is None:
+        raise ConfigError(f"build jobs {build_jobs}: engines are built to be timed; add --latency, or leave --build-jobs out")
     names = parse_methods(methods, tuple(plans or {}))
     config = model.config if isinstance(model, VisionMamba) else model_config(model, num_classes=NUM_CLASSES)
     if config.num_classes != NUM_CLASSES:

@@ -21,7 +21,7 @@ from stm import MergePlan, VisionMamba, model_config
 from stm.errors import ConfigError, MissingDependencyError
 
 from ..deploy import choose_plan
-from ..engine import BatchProfile, BuildOptions, build_engine, default_timing_cache, deserialize, gpu, load_engine, process
+from ..engine import BatchProfile, BuildOptions, adds_up_in_fp16, build_engine, default_timing_cache, deserialize, gpu, load_engine, process
 from ..errors import ArtefactError
 from ..files import written_aside
 from .backends import DTYPES, Backend, EngineBackend, OnnxBackend, TorchBackend, release, require_cuda
@@ -41,7 +41,7 @@ def piece_of(kind: str) -> int | None:
 
 @dataclass(frozen=True)
 class Spec:
-    """What a case's artefacts are made from. `rate` labels the plan."""
+    """What a case's artefacts are made from. `rate` labels the plan; `fp16_accumulation`: engines whose GEMMs may add up in fp16."""
 
     model: str
     rate: str
@@ -50,6 +50,7 @@ class Spec:
     num_classes: int = 1000
     seed: int = 0
     plan: MergePlan | None = field(default=None, compare=False)
+    fp16_accumulation: bool = False
 
     @classmethod
     def of(cls, model: str, rate: str, image_size: tuple[int, int], precision: str) -> Spec:
@@ -71,7 +72,8 @@ class Spec:
         size = (int(meta["image_size"][0]), int(meta["image_size"][1]))
         plan = MergePlan.from_dict(meta["plan"]) if meta["plan"] else None
         seed = int(meta.get("seed") or 0)
-        return cls(str(meta["model"]), label if plan else "0", size, str(meta["precision"]), int(meta["num_classes"]), seed, plan)
+        sums = "tensorrt" in meta and adds_up_in_fp16(meta)
+        return cls(str(meta["model"]), label if plan else "0", size, str(meta["precision"]), int(meta["num_classes"]), seed, plan, sums)
 
     def unmerged(self) -> Spec:
         """The same without its plan."""
@@ -233,18 +235,18 @@ class Workshop:
         built = f"built in {info.seconds:.0f} s{' with a warm timing cache' if info.cache_hits else ''}, Builder {info.builder_seconds:.0f} s apart"
         return deserialize(process(), blob), len(blob), built
 
-    def engine(self, spec: Spec, batch: int, name: str = "engine", piece: int | None = None, fp16_accumulation: bool = False) -> EngineBackend:
+    def engine(self, spec: Spec, batch: int, name: str = "engine", piece: int | None = None) -> EngineBackend:
         """Our engine, built for exactly this batch, or for pieces of it."""
         from ..passes.tensorrt import lower_tensorrt
 
         def make() -> EngineBackend:
-            lowered = lower_tensorrt(self.portable(spec), spec.precision, fp16_accumulation)
+            lowered = lower_tensorrt(self.portable(spec), spec.precision, spec.fp16_accumulation)
             each = piece or batch
             engine, size, origin = self._built(lowered, f"{_stem(spec)}-{spec.precision}-b{each}", BatchProfile(each, each, each))
             weights = self.weights(spec)
             return EngineBackend(name, engine, spec.image_size, spec.precision, weights=weights, engine_bytes=size, notes=(origin,), piece=piece)
 
-        made: EngineBackend = self._once(("engine", spec, batch, piece, fp16_accumulation), make)
+        made: EngineBackend = self._once(("engine", spec, batch, piece), make)
         return made
 
     def deit(self, spec: Spec, batch: int) -> EngineBackend:
@@ -259,7 +261,8 @@ class Workshop:
             engine, size, origin = self._built(lowered, name, BatchProfile(batch, batch, batch))
             text = str(engine.create_engine_inspector().get_engine_information(process().trt.LayerInformationFormat.JSON))
             fused = "attention fused" if "mha" in text.lower() else "attention NOT fused by TensorRT"
-            return EngineBackend("deit", engine, spec.image_size, spec.precision, engine_bytes=size, notes=(config.name, fused, origin))
+            sums = "GEMMs add up as TensorRT likes" if spec.precision == "fp16" else "GEMMs add up in float32"
+            return EngineBackend("deit", engine, spec.image_size, spec.precision, engine_bytes=size, notes=(config.name, fused, sums, origin))
 
         key = (config, spec.precision, batch)
         if key not in self._deit:
@@ -318,7 +321,7 @@ class Workshop:
         if kind == "fp16-accumulation":
             if device != "cuda" or precision != "fp16":
                 raise ConfigError(f"fp16-accumulation is an fp16 engine on a GPU, not {precision} on {device}")
-            return self.engine(spec, batch, kind, fp16_accumulation=True)
+            return self.engine(replace(spec, fp16_accumulation=True), batch, kind)
         if kind == "deit":
             if device != "cuda":
                 raise MissingDependencyError("DeiT is timed as a TensorRT engine, which needs an NVIDIA GPU")

@@ -8,10 +8,12 @@ rounding.
 
 TensorRT adds up fp16 products of matrices in fp16 where such a kernel is faster, which PyTorch never does and which doubles an engine's
 error. A MatMul between casts to and from float32 makes it read fp16, add up in float32 and write fp16; fp16 GEMMs are written so.
-Not a Gemm with its bias, which between casts would run in float32: it becomes a MatMul and an Add.
+Not a Gemm with its bias, which between casts would run in float32: it becomes a MatMul, its weight turned, and an Add in float32.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import onnx
@@ -40,15 +42,20 @@ def _half_constant(tensor: gs.Constant, precision: str) -> gs.Constant:
 
 
 def _split_gemm(graph: gs.Graph, node: gs.Node) -> None:
-    """Gemm with constant weights and bias -> MatMul and Add."""
+    """Gemm with constant weights -> MatMul, and Add where it has a bias."""
     plain = all(node.attrs.get(name, value) == value for name, value in (("alpha", 1.0), ("beta", 1.0), ("transA", 0)))
-    if not plain or len(node.inputs) != 3 or not isinstance(node.inputs[1], gs.Constant):
+    if not plain or not isinstance(node.inputs[1], gs.Constant):
         raise ExportError(f"fp16: {node.name} is no product with constant weights plus a bias")
-    (x, weight, bias), (out,) = node.inputs, node.outputs
-    turned = gs.Constant(f"{weight.name}_t", np.ascontiguousarray(weight.values.T)) if node.attrs.get("transB") else weight
-    product = gs.Variable(f"{node.name}/product", np.float32, out.shape)
-    graph.nodes.insert(graph.nodes.index(node) + 1, gs.Node("Add", f"{node.name}/Add", {}, [product, bias], [out]))
-    node.op, node.attrs, node.inputs, node.outputs = "MatMul", {}, [x, turned], [product]
+    (x, weight, *bias), (out,) = node.inputs, node.outputs
+    if node.attrs.get("transB"):
+        taken = graph.tensors()
+        name = next(name for n in itertools.count() if (name := f"{weight.name}_t{n or ''}") not in taken)
+        weight = gs.Constant(name, np.ascontiguousarray(weight.values.T))
+    node.op, node.attrs, node.inputs = "MatMul", {}, [x, weight]
+    if bias:
+        product = gs.Variable(f"{node.name}/product", np.float32, out.shape)
+        graph.nodes.insert(graph.nodes.index(node) + 1, gs.Node("Add", f"{node.name}/Add", {}, [product, *bias], [out]))
+        node.outputs = [product]
 
 
 def cast_precision(graph: gs.Graph, precision: str, fp16_accumulation: bool = False) -> gs.Graph:

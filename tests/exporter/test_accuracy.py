@@ -10,7 +10,8 @@ import shlex
 import subprocess
 import sys
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,12 +33,14 @@ from exporter.accuracy.observe import class_state, observe
 from exporter.accuracy.plots import draw_plots
 from exporter.accuracy.records import Records
 from exporter.accuracy.report import against, claims, markdown, terminal_lines
+from exporter.accuracy.results import Latency
 from exporter.accuracy.statistics import NOISE, bootstrap_mean, paired_difference
 from exporter.bench.report import BEGIN, END
 from exporter.bench.timing import HostClock, Prepared
 from exporter.bench.workshop import Workshop
 from exporter.cli import _parser, main
 from exporter.errors import ArtefactError, BuildError
+from exporter.progress import Steps
 from stm import PRESETS, ConfigError, MergePlan, PlanError, VimConfig, VisionMamba, make_plan, model_config, plan_summary, with_plan
 from stm.data import DigitPairs
 from stm.flops import gflops_true
@@ -561,6 +564,40 @@ def test_engines_of_rivals_are_built_ahead_for_each_batch_where_asked(tmp_path: 
             for cell in cells:
                 exports.wait(latency_module.records_label(cell))
         assert built == wanted, jobs
+
+
+def test_nothing_is_timed_while_engines_are_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def slow(*_: object) -> None:
+        time.sleep(0.3)
+        done.append("built")
+
+    monkeypatch.setattr("exporter.bench.workshop.export_pool", ThreadPoolExecutor)
+    monkeypatch.setattr(latency_module, "export_ahead", slow)
+    monkeypatch.setattr(latency_module, "_timed", lambda *_: False)
+    monkeypatch.setattr(latency_module, "_time", lambda *_: done.append("timed") or Latency("", "", 1))
+    bench = Bench(tiny())
+    cells = [Cell("mtr", Budget(TOKEN_LAYERS, n)) for n in (4, 8, 12)]
+    with latency_module.Exports(bench, Records(tmp_path), cells, (1,), 2) as exports:
+        assert latency_module.time_engines(bench, Records(tmp_path), cells, (1,), None, None, Steps(3, False), exports) == []
+    assert done == ["built"] * 4 + ["timed"] * 3, "the unmerged model and three rivals"
+
+
+def test_a_process_that_died_leaves_the_rest_to_the_timing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dead(ThreadPoolExecutor):
+        def submit(self, *_: Any, **__: Any) -> Any:
+            raise BrokenExecutor("a process in the pool was terminated")
+
+    monkeypatch.setattr("exporter.bench.workshop.export_pool", Dead)
+    with latency_module.Exports(Bench(tiny()), Records(tmp_path), [Cell("mtr", Budget(TOKEN_LAYERS, 4))], (1,), 2) as exports:
+        exports.settle(None)
+        exports.wait("mtr--TL-4")
+
+
+def test_build_jobs_without_latency_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="add --latency"):
+        measure(tiny(), tmp_path, **QUICK, build_jobs=2)
 
 
 # --- docs/accuracy.md --------------------------------------------------------------------------------------------------------

@@ -8,10 +8,15 @@ import types
 import pytest
 import torch
 
+import exporter.deploy as deploy_module
 import exporter.engine as engine_module
+import exporter.inspection as inspection_module
+import exporter.verification as verification_module
+import stm
+from exporter.bench.workshop import Spec, Workshop
 from exporter.cli import main
 from exporter.engine import BatchProfile, BuildOptions, check_fits_machine, read_sidecar, sidecar_path
-from exporter.errors import ArtefactError, ExportError, PluginError
+from exporter.errors import ArtefactError, BuildError, ExportError, PluginError
 from exporter.gpus import Driver, Gpu
 from exporter.libraries import PluginLibrary
 from stm.errors import ConfigError, MissingDependencyError
@@ -211,6 +216,78 @@ def test_timing_cache_that_cannot_be_written_stops_before_the_build(machine, tmp
     machine(archs)
     with pytest.raises(ExportError, match="it is a folder"):
         engine_module.build_engine(None, BuildOptions(timing_cache=tmp_path))
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_way_of_adding_up_goes_into_graph_and_sidecar(machine, monkeypatch, tmp_path, asked):
+    machine()
+    for name in ("require_tensorrt", "require_gpu", "require_torch_gpu", "load_plugin"):
+        monkeypatch.setattr(deploy_module, name, lambda *_: None)
+    seen = []
+
+    def build(lowered, options, **_):
+        seen.append((lowered, options))
+        raise BuildError("enough")
+
+    monkeypatch.setattr(deploy_module, "build_engine", build)
+    with pytest.raises(BuildError, match="enough"):
+        deploy_module.export("vim-n", tmp_path / "vim.engine", weights="random", build=BuildOptions(fp16_accumulation=asked))
+    lowered, options = seen[0]
+    assert ("Gemm" in {node.op_type for node in lowered.graph.node}) == asked
+    monkeypatch.setattr(engine_module, "gpu", lambda: H100)
+    library = types.SimpleNamespace(path=tmp_path / "libstm_trt10.so", sha256="0", kernel_version=5)
+    sidecar = engine_module.make_sidecar(lowered, b"plan", options, engine_module.BuildInfo(1.0, 1.0, False, [], 1, 1), library, "fp16")
+    assert engine_module.adds_up_in_fp16(sidecar) == asked
+
+
+@pytest.mark.parametrize(("build", "precision", "wanted"), [({"fp16_accumulation": False}, "fp16", False), ({}, "fp16", True), (None, "bf16", False)])
+def test_engines_of_before_add_up_in_fp16(build, precision, wanted):
+    assert engine_module.adds_up_in_fp16({"build": build, "precision": precision}) == wanted
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_an_engine_is_verified_and_timed_against_its_own_way_of_adding_up(monkeypatch, tmp_path, asked):
+    """What `stm verify` lowers again, and the rivals that `stm bench` builds beside an engine file."""
+    model = stm.create_model("vim-n", seed=0)
+    config = model.config
+    meta = {"model": "vim-n", "precision": "fp16", "image_size": [224, 224], "plan": None, "num_classes": config.num_classes, "seed": 0}
+    meta |= {"weights": "random", "weights_random": True, "weights_sha256": stm.state_dict_sha256(model.state_dict()), "tensorrt": "10.6.0"}
+    meta |= {"batch": {"min": 1, "opt": 1, "max": 1}, "build": {"fp16_accumulation": asked}}
+    monkeypatch.setattr(verification_module, "load_engine", lambda path, library: ("engine", meta))
+    monkeypatch.setattr(verification_module, "tensorrt_runner", lambda engine: None)
+    monkeypatch.setattr(verification_module, "require_torch_gpu", lambda: None)
+    seen = []
+    monkeypatch.setattr("exporter.engine_parity.verify_engine", lambda engine, lowered, *_, **__: seen.append(lowered) or "report")
+    assert verification_module.verify_file(tmp_path / "vim.engine") == "report"
+    workshop = Workshop("cuda")
+    monkeypatch.setattr(workshop, "_built", lambda lowered, name, batch: (seen.append(lowered), (None, 0, "fake"))[1])
+    spec = Spec.from_metadata(meta, "vim")
+    workshop.rival("unmerged", spec, 2)
+    workshop.rival("engine@1", spec, 2)
+    assert [("Gemm" in {node.op_type for node in lowered.graph.node}) for lowered in seen] == [asked] * 3
+    workshop.rival("fp16-accumulation", spec, 2)
+    assert "Gemm" in {node.op_type for node in seen[-1].graph.node}
+
+
+def test_a_layer_that_tensorrt_named_is_told_by_its_onnx_node():
+    text = json.dumps(
+        {
+            "Layers": [
+                {"Name": "layers.0.norm.add_merge_norm", "LayerType": "PluginV3", "Metadata": "[ONNX Layer: layers.0.norm.add_merge_norm]"},
+                {"Name": "__mye687_myl5_1", "LayerType": "gemm", "Metadata": "[ONNX Layer: layers.0.mixer.in_proj/MatMul]\u001f[ONNX Layer: a/Cast]"},
+                {"Name": "dummy_shape_call", "LayerType": "shape_call", "Metadata": ""},
+            ]
+        }
+    )
+    inspector = types.SimpleNamespace(get_engine_information=lambda form: text)
+    engine = types.SimpleNamespace(create_engine_inspector=lambda: inspector)
+    trt = types.SimpleNamespace(LayerInformationFormat=types.SimpleNamespace(JSON=0))
+    lines = [inspection_module._layer_line(layer) for layer in engine_module.engine_layers(engine, trt)]
+    assert [line.split() for line in lines] == [
+        ["ours", "PluginV3", "layers.0.norm.add_merge_norm"],
+        ["TensorRT", "gemm", "__mye687_myl5_1", "of", "layers.0.mixer.in_proj/MatMul"],
+        ["TensorRT", "shape_call", "dummy_shape_call"],
+    ]
 
 
 def test_without_a_home_there_is_no_timing_cache(machine, monkeypatch, tmp_path):

@@ -173,6 +173,28 @@ def run_half(lowered, images):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_products_of_computed_tensors_are_not_rounded(exported, case):
+    """Only products with weights take half operands and give half; the others are similarities and averages."""
+    lowered = lower_tensorrt(exported(case)[1], "fp16")
+    nodes, weights = lowered.graph.node, {tensor.name for tensor in lowered.graph.initializer}
+    made = {name: node for node in nodes for name in node.output}
+    read = [(name, node) for node in nodes for name in node.input]
+
+    def source(name):
+        return made[name].input[0] if name in made and made[name].op_type == "Cast" else name
+
+    def rounded(node):
+        return any(r.op_type == "Cast" and r.attribute[0].i == onnx.TensorProto.FLOAT16 for name, r in read if name == node.output[0])
+
+    products = [node for node in nodes if node.op_type == "MatMul"]
+    with_weights = [node for node in products if any(source(name) in weights for name in node.input)]
+    computed = [node for node in products if node not in with_weights]
+    assert all(rounded(node) for node in with_weights)
+    assert not any(rounded(node) for node in computed)
+    assert computed or CASES[case][0] in ("hsa", "token-recognition", "random", "utr"), "a method that merges averages by a product"
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_fp16_keeps_its_tolerance_where_it_selects_the_same(exported, case):
     """Rounding may turn a near tie of two scores round: so an image may choose another token, and then counts for nothing here;
     but half of the images at least keep the tolerance."""
