@@ -6,9 +6,10 @@ float32 (facts: they are what breaks in half precision). Input `images` and outp
 computed tensors, which are the similarities and averages of methods that look at the image: what they decide is not decided by
 rounding.
 
-TensorRT adds up fp16 products of matrices in fp16 where such a kernel is faster, which PyTorch does not by itself and which makes an engine's
-error twice to three times as large. A MatMul between casts to and from float32 makes it read fp16, add up in float32 and write fp16; fp16 GEMMs are written so.
-Not a Gemm with its bias, which between casts would run in float32: it becomes a MatMul, its weight turned, and an Add in float32.
+TensorRT adds up fp16 products of matrices in fp16 where such a kernel is faster, which PyTorch does not by itself and which makes an
+engine's error two to three times as large. A MatMul between casts to and from float32 makes it read fp16, add up in float32 and write
+fp16; fp16 GEMMs are written so. Not a Gemm with its bias, which between casts would run in float32: it becomes a MatMul, its weight
+turned, and an Add in float32.
 """
 
 from __future__ import annotations
