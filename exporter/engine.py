@@ -405,7 +405,8 @@ def deserialize(owner: _Process, blob: bytes, host_code: bool = False) -> Any:
 
 
 def adds_up_in_fp16(sidecar: Mapping[str, Any]) -> bool:
-    """Whether an engine's GEMMs may add up in fp16: by its sidecar, and where that says nothing, as before it did, if it is of fp16."""
+    """Whether GEMMs may add up in fp16: by an engine's sidecar, and where that says nothing, as before it did, if it is of fp16. Never
+    for a portable file's metadata: it is of fp32."""
     build = sidecar.get("build") or {}
     return bool(build.get("fp16_accumulation", sidecar["precision"] == "fp16"))
 

@@ -80,9 +80,11 @@ case "$parts" in *" sanitizers "*)
   spread engine_memcheck ;;
 esac
 case "$parts" in *" reductions "*)
-  count=$(wc -w <<< "${STM_GPU_REDUCTIONS:-all eleven of them}")  # processes: four, or one a method
-  for ((part = 0; part < (count < 4 ? count : 4); part++)); do
-    STM_GPU_REDUCTIONS_PART=$part/$((count < 4 ? count : 4)) spread step "reductions-$part" gpu_tests tests/gpu/test_reductions.py
+  read -ra methods <<< "${STM_GPU_REDUCTIONS:-}"
+  processes=${#methods[@]}  # one a method, at most four
+  ((processes >= 1 && processes <= 4)) || processes=4
+  for ((part = 0; part < processes; part++)); do
+    STM_GPU_REDUCTIONS_PART=$part/$processes spread step "reductions-$part" gpu_tests tests/gpu/test_reductions.py
   done ;;
 esac
 case "$parts" in *" accuracy "*) spread step accuracy gpu_tests tests/gpu/test_scan_accuracy.py ;; esac

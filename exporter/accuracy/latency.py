@@ -126,11 +126,11 @@ class Exports:
                 continue
             described = candidate.reduction.describe() if candidate.reduction else None
             label = records_label(cell)
-            todo = (self.folder, spec_of(bench, candidate, label), described, self._build, plugin_library)
+            spec = spec_of(bench, candidate, label)
             try:
                 if not self._made:
                     self._made["0"] = self._pool.submit(export_ahead, self.folder, spec_of(bench, None, "0"), None)
-                self._made[label] = self._pool.submit(export_ahead, *todo)
+                self._made[label] = self._pool.submit(export_ahead, self.folder, spec, described, self._build, plugin_library)
             except BrokenExecutor:  # a process died, of memory say
                 break
 
@@ -169,11 +169,10 @@ def export_ahead(
 
     torch.set_num_threads(2)
     reduction = from_description(described, model_config(spec.model, spec.image_size, spec.num_classes))
-    reduced_portable(Workshop("cpu", folder=folder), spec, reduction)
-    if batches:
-        workshop = Workshop("cuda", folder=folder, plugin_library=plugin_library, timing_cache=folder / f"ahead-{os.getpid()}.cache")
-        for batch in batches:
-            reduced_engine(workshop, spec, reduction, batch)
+    workshop = Workshop("cuda", folder=folder, plugin_library=plugin_library, timing_cache=folder / f"ahead-{os.getpid()}.cache")
+    reduced_portable(workshop, spec, reduction)
+    for batch in batches:
+        reduced_engine(workshop, spec, reduction, batch)
 
 
 def _timed(records: Records, candidate: Candidate, cell: Cell, batch: int) -> bool:

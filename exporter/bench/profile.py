@@ -6,7 +6,6 @@ rate, tensor operations over the GEMM rate (facts: bench/floors.py counts the sa
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from stm import VimConfig
 
+from ..engine import engine_layers
 from .statistics import median
 
 
@@ -167,16 +167,8 @@ def _owner(modules: Sequence[str], known: dict[str, Work]) -> str:
 
 
 def inspected(engine: Any, trt: Any) -> dict[str, str]:
-    """Layer name -> its inspector entry as text, in which ONNX node names stand; {} if the inspector's JSON is broken."""
-    try:
-        layers = json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)).get("Layers", [])
-    except (json.JSONDecodeError, AttributeError):
-        return {}
-    return {
-        str(layer.get("Name", "")): " ".join(str(layer.get(key, "")) for key in ("Metadata", "Name", "TacticName"))
-        for layer in layers
-        if isinstance(layer, dict)
-    }
+    """Layer name -> the ONNX nodes that it came from, its name and tactic, as text."""
+    return {layer["name"]: " ".join([*layer["nodes"], layer["name"], layer.get("tactic", "")]) for layer in engine_layers(engine, trt)}
 
 
 def layer_times(backend: Any, batch: int, runs: int = 30) -> list[tuple[str, float]]:

@@ -72,8 +72,8 @@ class Spec:
         size = (int(meta["image_size"][0]), int(meta["image_size"][1]))
         plan = MergePlan.from_dict(meta["plan"]) if meta["plan"] else None
         seed = int(meta.get("seed") or 0)
-        sums = "tensorrt" in meta and adds_up_in_fp16(meta)
-        return cls(str(meta["model"]), label if plan else "0", size, str(meta["precision"]), int(meta["num_classes"]), seed, plan, sums)
+        model, rate, precision, classes = str(meta["model"]), label if plan else "0", str(meta["precision"]), int(meta["num_classes"])
+        return cls(model, rate, size, precision, classes, seed, plan, adds_up_in_fp16(meta))
 
     def unmerged(self) -> Spec:
         """The same without its plan."""

@@ -94,7 +94,7 @@ def test_a_second_build_takes_the_timing_cache(builder, portables, work, record)
     assert warm.cache_hits
     assert not cold.cache_hits
     assert cache.stat().st_size == filled, "the second build timed something that the first had timed"
-    assert warm.seconds < cold.seconds
+    assert warm.seconds < cold.seconds / 2
 
 
 def test_results_repeat_bit_for_bit_and_across_contexts(builder):

@@ -28,9 +28,9 @@ def test_merging_pays(model, builder, record):
     """An engine for each batch, since TensorRT times its GEMMs at a profile's optimum alone, in turns with the unmerged one, after a turn that
     does not count. Batch 128: time falls with token-layers; batch 1: merging never costs time.
 
-    Asked at batch 128 is 0.9 of the share by which token-layers fall, and no model is there: `paid`, which the table names, was 0.74, 0.88 and
-    0.82 (Ti, S, B on an H200, GEMMs that add up in float32, one turn each), since rounds of tiles in TensorRT's products and in conv + x_proj do
-    not fall with the tokens (docs/performance.md). The bound is for any card: half of it, or merging is broken.
+    Asked at batch 128 is 0.9 of the share by which token-layers fall. The bound is what models reached with GEMMs that add up in fp16, 0.76 and
+    0.77 (Ti, S on an H200). With float32 sums `paid` was 0.74, 0.88 and 0.82 (Ti, S, B, one turn each), so ViM-Ti fails it: rounds of tiles in
+    TensorRT's products and in conv + x_proj do not fall with the tokens (docs/performance.md).
     """
     plan = stm.make_plan(stm.model_config(model), rate=0.2)
     fewer = 1 - sum(plan.lengths) / (plan.lengths[0] * len(plan.lengths))
@@ -45,7 +45,7 @@ def test_merging_pays(model, builder, record):
     paid = (1 - ratios[128]) / fewer
     times = {f"time_b{batch}": round(ratio, 4) for batch, ratio in ratios.items()}
     record("merging", model=model, token_layers=round(1 - fewer, 4), **times, paid=round(paid, 3), asked=0.9)
-    assert paid >= 0.5
+    assert paid >= 0.75
     assert ratios[1] <= 1
 
 

@@ -1,9 +1,10 @@
 """Methods that look at the image as engines: ViM-Ti, fp16, each on our nodes, and right. `stm bench accuracy --latency` times them.
 
 The rule for right: scores that nearly tie may come out in another order in half precision, and such an image goes another way, in
-PyTorch's half precision, too: up to one in seven. So an engine passes if the median image keeps the fp16 tolerance and not more images
-leave it than of PyTorch's own fp16 model: not more beyond chance, by McNemar's exact test on the images that only one of the two takes
-another way. (With GEMMs that add up in fp16 it was 14 % of 64 images where PyTorch lost 5.5 % of 128, ToMe.)
+PyTorch's half precision, too: up to one in seven. So an engine passes if the median image keeps the fp16 tolerance, the 90 % quantile of the
+images' errors is within it or within twice PyTorch's own fp16 model's, and not more images leave it than of that model: not more beyond
+chance, by McNemar's exact test on the images that only one of the two takes another way. Where one in ten goes another way the quantile is
+a matter of chance; 512 images make it a smaller one.
 """
 
 import copy
@@ -89,4 +90,7 @@ def test_engine_of_a_method(method, exported, work, record):
     record("reduction", **row, quantiles=quantiles, away=float(away.mean()), torchs_away=float(torchs_away.mean()), chance=chance)
     assert np.isfinite(np.concatenate(got)).all()
     assert quantiles["q50"][0] <= allowed.max_error, failures
+    if failures:
+        for name, (mine, torchs) in quantiles.items():
+            assert mine <= max(2 * torchs, allowed.max_error), f"{name}: {mine:.3g}, PyTorch's fp16 {torchs:.3g}; {failures}"
     assert chance >= CHANCE, f"{away.mean():.1%} of the images went another way, {torchs_away.mean():.1%} in PyTorch's fp16"
