@@ -306,8 +306,9 @@ def _accuracy_parser(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         default=1,
         metavar="N",
-        help="build rivals' engines, a minute each, by N processes, 5 GB each; their kernels are then chosen on a busy GPU (default 1: alone)",
+        help="build the engines, up to a minute each, by N processes, 5 GB each; kernels are then chosen on a busy GPU (default 1: alone)",
     )
+    group.add_argument("--latency-only", action="store_true", help="go on with the table in -o: time engines, no accuracy; needs no weights")
     group = parser.add_argument_group("running")
     group.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     group.add_argument("--batch", type=_positive, metavar="N", help="images at once (default on a GPU 2048 for vim-n, 16 on a CPU)")
@@ -632,6 +633,7 @@ def _run_accuracy(args: argparse.Namespace) -> Answer:
                 latency=None if args.latency is None else [*args.latency, *plans],
                 latency_batches=args.latency_batch,
                 build_jobs=args.build_jobs,
+                latency_only=args.latency_only,
                 device=args.device,
                 batch=args.batch,
                 minutes=args.minutes,

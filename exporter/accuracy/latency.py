@@ -95,9 +95,9 @@ def reduced_portable(workshop: Workshop, spec: Spec, reduction: Reduction) -> An
 class Exports:
     """ONNX files made by processes of their own while the accuracy pass has the GPU: an export is some ten seconds of one core.
 
-    With `build_jobs` above 1 so many processes also build the engines of methods that look at the image, which take TensorRT a minute of one
-    core each, into the folder where `engine_of` finds them. Engines of plans are built one after the other, when they are timed. Before
-    the first is timed, `settle` waits for the processes to leave the GPU.
+    With `build_jobs` above 1 so many processes also build the engines, all of them alike, into the folder where `engine_of` finds them: those
+    of methods that look at the image take TensorRT a minute of one core each. Before the first is timed, `settle` waits for the processes
+    to leave the GPU.
 
     Where a process fails or dies, its work is done again when the engine is timed, and says why it cannot be.
     """
@@ -129,7 +129,7 @@ class Exports:
             spec = spec_of(bench, candidate, label)
             try:
                 if not self._made:
-                    self._made["0"] = self._pool.submit(export_ahead, self.folder, spec_of(bench, None, "0"), None)
+                    self._made["0"] = self._pool.submit(export_ahead, self.folder, spec_of(bench, None, "0"), None, self._build, plugin_library)
                 self._made[label] = self._pool.submit(export_ahead, self.folder, spec, described, self._build, plugin_library)
             except BrokenExecutor:  # a process died, of memory say
                 break
@@ -154,13 +154,13 @@ class Exports:
 def export_ahead(
     folder: Path, spec: Spec, described: Mapping[str, Any] | None, batches: Sequence[int] = (), plugin_library: str | Path | None = None
 ) -> None:
-    """Leave the ONNX file that `engine_of` looks for in the folder, and the engines of a described method for `batches`.
+    """Leave the ONNX file that `engine_of` looks for in the folder, and the engines of the plan or the described method for `batches`.
 
     Those have a timing cache of their own: what is measured on a GPU that others use stays out of the user's.
     """
     from ..bench.workshop import Workshop, export_one
 
-    if described is None:
+    if not batches and described is None:
         export_one(folder, spec)
         return
     import torch
@@ -168,8 +168,12 @@ def export_ahead(
     from stm import model_config
 
     torch.set_num_threads(2)
-    reduction = from_description(described, model_config(spec.model, spec.image_size, spec.num_classes))
     workshop = Workshop("cuda", folder=folder, plugin_library=plugin_library, timing_cache=folder / f"ahead-{os.getpid()}.cache")
+    if described is None:
+        for batch in batches:
+            workshop.engine(spec, batch)
+        return
+    reduction = from_description(described, model_config(spec.model, spec.image_size, spec.num_classes))
     reduced_portable(workshop, spec, reduction)
     for batch in batches:
         reduced_engine(workshop, spec, reduction, batch)

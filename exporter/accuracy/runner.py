@@ -67,6 +67,7 @@ def measure(
     latency: Sequence[str] | None = None,
     latency_batches: Sequence[int] = (1, 128),
     build_jobs: int = 1,
+    latency_only: bool = False,
     smaller: VisionMamba | None = None,
     device: str | None = None,
     batch: int | None = None,
@@ -86,8 +87,9 @@ def measure(
         images: test images of each variant; the same ones always, and those of a smaller number are among them.
         latency: methods and groups whose TensorRT engines are timed ("default": `DEFAULT_LATENCY`; of groups what is measured); None: none.
             Needs a GPU, TensorRT and our plugin library.
-        build_jobs: processes that build engines of methods that look at the image, ahead of the timing; above 1 TensorRT chooses their kernels
-            on a GPU that is busy.
+        build_jobs: processes that build the engines ahead of the timing; above 1 TensorRT chooses the kernels of all of them on a GPU that is
+            busy.
+        latency_only: measure no accuracy, time engines for the table in `output`; its weights are not needed.
         smaller: control; None: the next smaller model with packaged weights.
         batch: images at once; default 2,048 for vim-n and 682 for vim-t on a GPU, 16 on a CPU.
         minutes: start nothing new after so many minutes.
@@ -108,6 +110,8 @@ def measure(
         check_writable(Path(output) / RUN_FILE)
     if build_jobs > 1 and latency is None:
         raise ConfigError(f"build jobs {build_jobs}: engines are built to be timed; add --latency, or leave --build-jobs out")
+    if latency_only and (latency is None or output is None or checkpoint is not None or isinstance(model, VisionMamba)):
+        raise ConfigError("latency only: name the model, give --latency and the -o of the table, and no weights (speed does not depend on them)")
     names = parse_methods(methods, tuple(plans or {}))
     config = model.config if isinstance(model, VisionMamba) else model_config(model, num_classes=NUM_CLASSES)
     if config.num_classes != NUM_CLASSES:
@@ -125,7 +129,7 @@ def measure(
             raise ConfigError(f"latency of {strange[0]!r} is asked for, which is not measured; methods: {', '.join(sorted(known))}")
         require_engines(plugin_library)
     where = require_device(device)
-    base = _load(model, checkpoint, weights, seed)
+    base = _load(model, checkpoint, "random" if latency_only else weights, seed)
     digest = state_dict_sha256(base.state_dict())
     source, random = (str(base.provenance), base.provenance.is_random) if base.provenance else ("of the model given", False)
     bench = Bench(base.to(where).requires_grad_(False))
@@ -150,6 +154,13 @@ def measure(
         "budgets": list(dict.fromkeys(cell.budget.label for cell in todo if cell.budget != AS_IT_IS)),
         "asked_variants": list(variants),
     }
+    if latency_only:
+        if not (Path(str(output)) / RUN_FILE).is_file():
+            raise ConfigError(f"latency only goes on with a table, and {output} holds none: leave it out, or give that table's -o")
+        head = Records(Path(str(output))).head()
+        identity |= {key: head["identity"].get(key) for key in ("weights_sha256", "images", "device")}
+        about = {**{key: value for key, value in head.items() if key not in ("schema", "kind", "identity")}, "methods": about["methods"], "budgets": about["budgets"]}
+        variants = ()
     with contextlib.ExitStack() as stack:
         folder = Path(output) if output is not None else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stm-accuracy-")))
         records = Records(folder)
@@ -169,7 +180,8 @@ def measure(
                 from .latency import Exports
 
                 exports = stack.enter_context(Exports(bench, records, timed, latency_batches, build_jobs, plugin_library))
-            about["scan"] = "Triton" if stack.enter_context(fast_scan(where, config.d_inner, config.d_state)) else "torch"
+            if not latency_only:
+                about["scan"] = "Triton" if stack.enter_context(fast_scan(where, config.d_inner, config.d_state)) else "torch"
             for variant in variants:
                 left += _variant(bench, records, variant, todo, images, size, impossible, deadline, steps)
             if latency is not None:
@@ -180,7 +192,8 @@ def measure(
         tried = {(cell.name, cell.budget.label) for cell in todo}
         before = [one for one in about.get("impossible", []) if (one["name"], one["budget"]) not in tried]
         about["impossible"] = before + [{"name": name, "budget": budget, "reason": why} for (name, budget), why in impossible.items()]
-        about["seconds"] = round(time.monotonic() - started, 1)
+        if not latency_only:
+            about["seconds"] = round(time.monotonic() - started, 1)
         records.begin(identity, about)
         result = read_run(folder)
         if output is not None:

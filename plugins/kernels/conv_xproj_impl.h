@@ -12,8 +12,9 @@ cudaError_t conv_xproj_tensor_core(const ConvXProjParams& p, cudaStream_t stream
 // How the tensor-core tactic lays its work out. Tests and timings name a shape; otherwise tokens and the card choose.
 // kFew*: 16 tokens a block, or a cluster of 2, 4, 8 blocks (sm_90). kSplit*: 8, 4 or 2 warps share the channels of 48
 // tokens. kWide: 96 or 64 tokens, both directions, in a block (d_inner a multiple of 64, row <= 80). kMany: 32 tokens a warp.
-enum class ConvXProjShape { kFew, kFewCluster2, kFewCluster4, kFewCluster8, kSplit8, kSplit4, kSplit2, kMany, kWide };
-constexpr int kConvXProjShapes = 9;
+// kWgmma: up to 192 tokens, both directions, in a block (Hopper; extents as of kWide).
+enum class ConvXProjShape { kFew, kFewCluster2, kFewCluster4, kFewCluster8, kSplit8, kSplit4, kSplit2, kMany, kWide, kWgmma };
+constexpr int kConvXProjShapes = 10;
 ConvXProjShape conv_xproj_shape(const ConvXProjParams& p);
 // cudaErrorInvalidConfiguration: not on this card, or too few or too many channels.
 cudaError_t conv_xproj_tensor_core(const ConvXProjParams& p, ConvXProjShape shape, cudaStream_t stream);
@@ -22,5 +23,8 @@ cudaError_t conv_xproj_split(const ConvXProjParams& p, ConvXProjShape shape, cud
 cudaError_t conv_xproj_many(const ConvXProjParams& p, cudaStream_t stream);
 bool conv_xproj_wide_supported(int32_t d_inner, int32_t row);
 cudaError_t conv_xproj_wide(const ConvXProjParams& p, cudaStream_t stream);
+bool conv_xproj_wgmma_supported(int32_t d_inner, int32_t row);  // asks the current device, too
+int32_t conv_xproj_wgmma_tokens(const ConvXProjParams& p);  // tokens of a multiprocessor at once
+cudaError_t conv_xproj_wgmma(const ConvXProjParams& p, cudaStream_t stream);
 
 }  // namespace stm

@@ -546,7 +546,31 @@ def test_onnx_files_made_ahead_are_used_by_the_engines(tmp_path: Path, monkeypat
         assert latency_module.engine_of(workshop, bench, candidate, name, 2).name == "engine"
 
 
-def test_engines_of_rivals_are_built_ahead_for_each_batch_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latency_alone_goes_on_with_a_table_and_needs_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TINY.with_changes(name="vim-n", image_size=(224, 224))
+    monkeypatch.setitem(stm.registry._MODELS, "vim-n", stm.registry.ModelEntry(config, None, None))
+    monkeypatch.setattr(latency_module, "require_engines", lambda library: None)
+    monkeypatch.setattr(latency_module, "_time", lambda shop, bench, candidate, cell, batch: Latency(cell.name, cell.budget.label, batch, 1.0, 0.0, 2.0))
+    arguments = {**QUICK, "methods": ["stm", "stm-mean", "mtr"]}
+    alone = {**arguments, "latency": ["stm", "mtr"], "latency_batches": [2], "latency_only": True}
+    with pytest.raises(ConfigError, match="holds none"):
+        measure("vim-n", tmp_path / "new", **alone)
+    model = VisionMamba(config, cls_only_last=False).eval()
+    before = measure(model, tmp_path / "run", **arguments)
+    head = json.loads((tmp_path / "run" / "run.json").read_text())
+    for changes in ({"latency": None}, {"checkpoint": "weights.safetensors"}):
+        with pytest.raises(ConfigError, match="latency only"):
+            measure("vim-n", tmp_path / "run", **{**alone, **changes})
+    monkeypatch.setattr(runner_module, "_record", lambda *_: pytest.fail("accuracy was measured"))
+    run = measure("vim-n", tmp_path / "run", **alone)
+    assert [run.latency(name, "TL 20", 2).median_ms for name in ("stm", "mtr")] == [1.0, 1.0]
+    assert run.latency("stm-mean", "TL 20", 2) is None
+    assert {row.name: row.top1 for row in run.rows} == {row.name: row.top1 for row in before.rows}
+    after = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert {key: after[key] for key in head if key not in ("budgets", "methods")} == {key: head[key] for key in head if key not in ("budgets", "methods")}
+
+
+def test_engines_are_built_ahead_for_each_batch_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = TINY.with_changes(name="vim-n", image_size=(64, 64), depth=2)
     monkeypatch.setitem(stm.registry._MODELS, "vim-n", stm.registry.ModelEntry(config, None, None))
     bench = Bench(VisionMamba(config, cls_only_last=False).eval())
@@ -559,7 +583,8 @@ def test_engines_of_rivals_are_built_ahead_for_each_batch_where_asked(tmp_path: 
     monkeypatch.setattr(Workshop, "_built", note)
     cells = [Cell(name, Budget(TOKEN_LAYERS, 4)) for name in ("stm", "mtr")]
     monkeypatch.setattr("exporter.bench.workshop.export_pool", lambda workers: ThreadPoolExecutor(1))
-    for jobs, wanted in ((1, []), (2, [("vim-n-mtr--TL-4-fp16-b2", 2, "engines"), ("vim-n-mtr--TL-4-fp16-b3", 3, "engines")])):
+    names = ("vim-n-0-64", "vim-n-stm--TL-4-64", "vim-n-mtr--TL-4")
+    for jobs, wanted in ((1, []), (2, [(f"{name}-fp16-b{batch}", batch, "engines") for name in names for batch in (2, 3)])):
         with latency_module.Exports(bench, Records(tmp_path / str(jobs)), cells, (2, 3), jobs) as exports:
             for cell in cells:
                 exports.wait(latency_module.records_label(cell))

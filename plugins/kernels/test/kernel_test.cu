@@ -362,7 +362,7 @@ double delta_reference(const Layer& w, const Case& c, int dir, int b, int e, int
 const char* name_of(ConvXProjShape shape) {
   const char* names[] = {"few",     "few, cluster 2", "few, cluster 4", "few, cluster 8",
                          "split 8", "split 4",        "split 2",        "many",
-                         "wide"};
+                         "wide",    "wgmma"};
   static_assert(sizeof names / sizeof *names == kConvXProjShapes);
   return names[static_cast<int>(shape)];
 }
@@ -408,7 +408,8 @@ void test_conv(const Case& c, DataType T) {
     const auto shape = static_cast<ConvXProjShape>(i);
     const cudaError_t status = conv_xproj_tensor_core(p, shape, nullptr);
     CHECK_CUDA(cudaDeviceSynchronize());
-    const bool refused = shape == ConvXProjShape::kWide && !conv_xproj_wide_supported(c.d_inner, c.row());
+    const bool refused = (shape == ConvXProjShape::kWide && !conv_xproj_wide_supported(c.d_inner, c.row())) ||
+                         (shape == ConvXProjShape::kWgmma && !conv_xproj_wgmma_supported(c.d_inner, c.row()));
     if (status == cudaErrorInvalidConfiguration && (!every || refused)) continue;
     std::vector<Values> got;
     const std::string trouble =
@@ -853,7 +854,8 @@ std::vector<Case> conv_cases() {
   for (int L : {6, 11, 12, 13, 47, 48, 49})  // groups of 6, images that end in the middle of a tile
     cases.push_back(with([&](Case& c) { c.seqlen = L, c.batch = 9, c.d_inner = 64; }));
   // Wide blocks of an H100: 96 and 64 tokens; the same, two on every processor; 64 twice; 64 once; 96 twice.
-  for (auto [B, L] : {std::pair<int, int>{128, 158}, {106, 197}, {128, 118}, {40, 197}, {128, 197}})
+  // Of wgmma: a tile of all 192 tokens, two rounds, a token more than one has.
+  for (auto [B, L] : {std::pair<int, int>{128, 158}, {106, 197}, {128, 118}, {40, 197}, {128, 197}, {132, 192}, {150, 197}, {2, 12673}})
     cases.push_back(with([&, b = B, l = L](Case& c) { c.batch = b, c.seqlen = l, c.d_inner = 128; }));
   for (int E : {32, 33, 64, 96, 160, 288, 384, 768, 1056})
     cases.push_back(with([&](Case& c) { c.d_inner = E, c.seqlen = 65; }));

@@ -1,0 +1,437 @@
+// conv_xproj_wgmma.cu: both convs + SiLU + x_proj for many tokens on Hopper. Three warpgroups take up to 192 tokens and both
+// directions: a lane owns two channels and slides along tokens, so that x is read and unpacked once for both; u goes to
+// shared memory, where wgmma takes it from, a step of 64 channels behind. A fourth brings x and weights. Its code is for
+// sm_90a only; everywhere else the kernel is empty and conv_xproj_wgmma_supported says no.
+#include <algorithm>
+#include <climits>
+
+#include "conv_xproj_impl.h"
+#include "device.cuh"
+#include "launch.cuh"
+
+namespace stm {
+namespace {
+
+constexpr int kHalo = 3, kDepth = 64, kLine = 2 * kDepth;  // channels of a step; a row of them, in bytes
+constexpr int kWarpgroups = 3, kWarps = 4 * kWarpgroups;
+constexpr int kBringers = 4;         // warps that bring x and weights
+constexpr int kThreads = 32 * (kWarps + kBringers);
+constexpr int kRun = 16;              // tokens of a warp at most: its rows of the warpgroup's m64
+constexpr int kTokens = kWarps * kRun;
+constexpr int kRows = kTokens + 12;   // of x in a step: tokens, halo, three rows of zeros between images; a multiple of 4
+constexpr int kAheadRows = 4;         // a lane reads x so many rows before it needs them
+
+template <typename T_, int kTiles_>
+struct WgmmaTraits {
+  using T = T_;
+  static constexpr int kTiles = kTiles_;                   // of 8 outputs: row <= 8 kTiles
+  static constexpr int kXSlots = kTiles > 7 ? 2 : 3;       // more do not fit
+  static constexpr int kWeightSlots = 3;
+  static constexpr int kU = kTokens * kLine;               // bytes of u: a step of one direction
+  static constexpr int kWeights = 4 * kU;                  // after two steps of both
+  static constexpr int kWeightSlot = 2 * kTiles * 8 * kLine;
+  static constexpr int kX = kWeights + kWeightSlots * kWeightSlot;
+  static constexpr int kXSlot = (kRows + kAheadRows) * kLine;
+  static constexpr int kTaps = kX + kXSlots * kXSlot;      // and bias, of both directions
+  static constexpr int kBias = 2 * kDepth * 16;            // after the taps
+  static constexpr int kTapsSlot = kBias + 2 * kDepth * 4;
+  static constexpr int kSources = kTaps + kXSlots * kTapsSlot;
+  static constexpr int kBarriers = kSources + kRows * 4;
+  static constexpr size_t kBytes = kBarriers + 16 * (kXSlots + kWeightSlots) + 8 * kWarpgroups;
+  static_assert(kBarriers % 8 == 0);
+  static_assert(kBytes <= 227 * 1024);
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// A tile of 16-bit elements in shared memory, rows of 128 bytes, 8 rows a swizzled atom. `address` is a multiple of 1,024.
+__device__ __forceinline__ uint64_t tile_descriptor(uint32_t address) {
+  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+__device__ __forceinline__ void wgmma_arrive() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// What this thread wrote to shared memory becomes visible to wgmma, after the next barrier.
+__device__ __forceinline__ void fence_for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The compiler must not move its uses of the sums across this.
+template <int kCount>
+__device__ __forceinline__ void pin(float (&v)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i++) asm volatile("" : "+f"(v[i])::"memory");
+}
+
+// d (+)= a b, m64 n(8 kTiles) k16, both from shared memory, sums in float32; d is begun anew if not `add`.
+template <typename T, int kTiles>
+struct Wgmma;
+#define STM_D4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define STM_WGMMA(TYPE, NAME, TILES, N, REGISTERS, A, B, ADD, ...)                                                   \
+  template <>                                                                                                        \
+  struct Wgmma<TYPE, TILES> {                                                                                        \
+    static __device__ __forceinline__ void run(float (&d)[4 * TILES], uint64_t a, uint64_t b, int add) {             \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADD ", 0;\n"                                                  \
+                   "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." NAME "." NAME " {" REGISTERS "}, " A ", " B      \
+                   ", p, 1, 1, 0, 0;\n}\n"                                                                           \
+                   : __VA_ARGS__                                                                                     \
+                   : "l"(a), "l"(b), "r"(add));                                                                      \
+    }                                                                                                                \
+  };
+#define STM_R24 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23"
+#define STM_R28 STM_R24 ",%24,%25,%26,%27"
+#define STM_R40 STM_R28 ",%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39"
+#define STM_D24(d) STM_D4(d, 0), STM_D4(d, 4), STM_D4(d, 8), STM_D4(d, 12), STM_D4(d, 16), STM_D4(d, 20)
+#define STM_D28(d) STM_D24(d), STM_D4(d, 24)
+#define STM_D40(d) STM_D28(d), STM_D4(d, 28), STM_D4(d, 32), STM_D4(d, 36)
+STM_WGMMA(__half, "f16", 6, "48", STM_R24, "%24", "%25", "%26", STM_D24(d))
+STM_WGMMA(__half, "f16", 7, "56", STM_R28, "%28", "%29", "%30", STM_D28(d))
+STM_WGMMA(__half, "f16", 10, "80", STM_R40, "%40", "%41", "%42", STM_D40(d))
+STM_WGMMA(__nv_bfloat16, "bf16", 6, "48", STM_R24, "%24", "%25", "%26", STM_D24(d))
+STM_WGMMA(__nv_bfloat16, "bf16", 7, "56", STM_R28, "%28", "%29", "%30", STM_D28(d))
+STM_WGMMA(__nv_bfloat16, "bf16", 10, "80", STM_R40, "%40", "%41", "%42", STM_D40(d))
+#undef STM_WGMMA
+
+struct Taps {  // of a lane's two channels, forward and backward, halved for SiLU
+  float4 forward0, forward1, backward0, backward1;
+  float2 forward_bias, backward_bias;
+};
+
+__device__ __forceinline__ float4 half_of(float4 v) { return make_float4(.5f * v.x, .5f * v.y, .5f * v.z, .5f * v.w); }
+__device__ __forceinline__ float2 half_of(float2 v) { return make_float2(.5f * v.x, .5f * v.y); }
+
+// The window of x as a lane slides along tokens: rows as they lie in shared memory, and unpacked.
+struct Window {
+  uint32_t packed[kRun + 2 * kHalo];
+  float2 v[kRun + 2 * kHalo];
+};
+
+template <typename T>
+__device__ __forceinline__ void conv_start(Window& window, const unsigned char* x) {
+#pragma unroll
+  for (int i = 0; i < 2 * kHalo + kAheadRows; i++) window.packed[i] = *reinterpret_cast<const uint32_t*>(x + i * kLine);
+#pragma unroll
+  for (int i = 0; i < 2 * kHalo; i++) window.v[i] = Pair<T>::unpack(window.packed[i]);
+}
+
+// u of tokens kFrom .. kTo - 1 of a run in one image, as far as it has `count`, for rows first_row .. of the warp's 16.
+// x is the lane's two channels of the token three before the first; u the warp's rows, of the second direction u_pitch on.
+template <typename T, int kFrom, int kTo>
+__device__ __forceinline__ void conv_tokens(Window& window, const unsigned char* x, unsigned char* u, int u_pitch,
+                                            int lane_place, int first_row, int count, const Taps& w) {
+  constexpr int kNext = 2 * kHalo + kAheadRows;
+  auto& v = window.v;
+#pragma unroll
+  for (int t = kFrom; t < kTo; t++) {
+    if (t % 2 == 0 && t >= count) break;
+    if (t + kNext < kRun + 2 * kHalo) window.packed[t + kNext] = *reinterpret_cast<const uint32_t*>(x + (t + kNext) * kLine);
+    v[t + 6] = Pair<T>::unpack(window.packed[t + 6]);
+    const float4 f0 = w.forward0, f1 = w.forward1, b0 = w.backward0, b1 = w.backward1;
+    const float s0 =
+        fmaf(f0.x, v[t].x, fmaf(f0.y, v[t + 1].x, fmaf(f0.z, v[t + 2].x, fmaf(f0.w, v[t + 3].x, w.forward_bias.x))));
+    const float s1 =
+        fmaf(f1.x, v[t].y, fmaf(f1.y, v[t + 1].y, fmaf(f1.z, v[t + 2].y, fmaf(f1.w, v[t + 3].y, w.forward_bias.y))));
+    const float r0 =
+        fmaf(b0.w, v[t + 3].x, fmaf(b0.z, v[t + 4].x, fmaf(b0.y, v[t + 5].x, fmaf(b0.x, v[t + 6].x, w.backward_bias.x))));
+    const float r1 =
+        fmaf(b1.w, v[t + 3].y, fmaf(b1.z, v[t + 4].y, fmaf(b1.y, v[t + 5].y, fmaf(b1.x, v[t + 6].y, w.backward_bias.y))));
+    const uint32_t forward = Pair<T>::pack(silu_of_half(s0), silu_of_half(s1));
+    const uint32_t backward = Pair<T>::pack(silu_of_half(r0), silu_of_half(r1));
+    const int row = first_row + t;
+    unsigned char* const to = u + row * kLine + (lane_place ^ ((row & 7) << 4));
+    if (t % 2 == 0 || t < count) {
+      *reinterpret_cast<uint32_t*>(to) = forward;
+      *reinterpret_cast<uint32_t*>(to + u_pitch) = backward;
+    }
+  }
+}
+
+// ---- barriers in shared memory that count arrivals: a waiter names the phase (0, 1, 0, ...) whose end it waits for
+__device__ __forceinline__ void barrier_init(uint32_t at, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t at) {
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}\n" ::"r"(at) : "memory");
+}
+// Arrives when all copies that this thread has issued so far have landed.
+__device__ __forceinline__ void barrier_arrive_after_copies(uint32_t at) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint32_t at, int phase) {
+  asm volatile(
+      "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}\n" ::"r"(at), "r"(phase)
+      : "memory");
+}
+
+// A ring of slots and the phase of its round.
+template <int kSlots>
+struct Ring {
+  int slot = 0, phase = 0;
+  __device__ __forceinline__ void next() {
+    if (++slot == kSlots) slot = 0, phase ^= 1;
+  }
+};
+
+// Grid: tiles of `tokens` tokens of the batch, in order; a warp takes a twelfth of them; four more bring x and
+// weights.
+// x lies in shared memory with three rows of zeros between images, so that a window never reaches into another image.
+template <typename Traits>
+__device__ __forceinline__ void wgmma_tile(const ConvXProjParams& p, int tokens) {
+  using T = typename Traits::T;
+  constexpr int kTiles = Traits::kTiles, kXSlots = Traits::kXSlots, kWeightSlots = Traits::kWeightSlots;
+  static_assert(kThreads - 32 * kWarps == 2 * kDepth);  // a bringer brings the taps of a channel and direction
+  extern __shared__ __align__(1024) unsigned char shared[];
+
+  const int tid = threadIdx.x, lane = tid & 31;
+  const int warp = __shfl_sync(~0u, tid >> 5, 0), warpgroup = warp >> 2;  // uniform, for the compiler too
+  const int L = p.seqlen, E = p.d_inner, row = p.row, steps = E / kDepth, total = p.batch * L;
+  auto padded = [&](int token) { return token + kHalo * (token / L); };  // the place among images of L + 3 rows
+
+  const int tile_first = blockIdx.x * tokens, tile_end = min(tile_first + tokens, total);
+  const int x_first = padded(tile_first) - kHalo, x_rows = padded(tile_end - 1) + kHalo + 1 - x_first;
+  const uint32_t shared_at = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const uint32_t x_full = shared_at + Traits::kBarriers, x_empty = x_full + 8 * kXSlots;
+  const uint32_t weights_full = x_empty + 8 * kXSlots, weights_empty = weights_full + 8 * kWeightSlots;
+  const uint32_t u_made = weights_empty + 8 * (kWeightSlots + warpgroup);
+  int* const sources = reinterpret_cast<int*>(shared + Traits::kSources);
+
+  if (tid == 0) {
+    for (int s = 0; s < kXSlots; s++) barrier_init(x_full + 8 * s, 32 * kBringers), barrier_init(x_empty + 8 * s, kWarps);
+    for (int s = 0; s < kWeightSlots; s++) barrier_init(weights_full + 8 * s, kBringers), barrier_init(weights_empty + 8 * s, kWarps);
+    for (int g = 0; g < kWarpgroups; g++) barrier_init(weights_empty + 8 * (kWeightSlots + g), 4);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  for (int r = tid; r < kRows; r += kThreads) {  // where a row's x comes from: 16-byte pieces after the first token's, -1: nowhere
+    const int place = x_first + r, image = place / (L + kHalo), t = place - image * (L + kHalo);
+    const bool exists = r < x_rows && place >= 0 && t < L && image < p.batch;
+    sources[r] = exists ? (image * L + t) * (E / 4) : -1;
+  }
+  __syncthreads();
+  wait_for_previous();
+  let_next_start();
+
+  if (warp >= kWarps) {  // ---- brings
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 48;");
+    constexpr int kRowsAtOnce = 4 * kBringers, kXCopies = (kRows + kRowsAtOnce - 1) / kRowsAtOnce;
+    const int thread = tid - 32 * kWarps, first_row = thread >> 3, piece = thread & 7;
+    const uint4* x_at = static_cast<const uint4*>(p.xz) + piece;
+    const uint4* weights_at = static_cast<const uint4*>(p.x_proj_weight) + first_row * (E / 8) + piece;
+    const int tap_dir = thread / kDepth, tap = thread % kDepth;  // of a direction those of even channels, then of odd ones
+    const float* taps_at = p.conv_weight + 4 * (tap_dir * E + tap);
+    const float* bias_at = p.conv_bias + (thread / (kDepth / 4)) * E + 4 * (thread % (kDepth / 4));
+    const int taps_place = tap_dir * (kDepth * 16) + (tap & 1) * (kDepth * 8) + (tap >> 1) * 16;
+    const int weight_step = kRowsAtOnce * (E / 8), weight_place = first_row * kLine + ((piece ^ (first_row & 7)) << 4);
+    int source[kXCopies];
+#pragma unroll
+    for (int i = 0; i < kXCopies; i++) source[i] = sources[min(first_row + kRowsAtOnce * i, kRows - 1)];
+    Ring<kXSlots> x;
+    Ring<kWeightSlots> w;
+    auto weights_are_here = [&](int slot) {
+      fence_for_wgmma();
+      __syncwarp();
+      if (lane == 0) barrier_arrive(weights_full + 8 * slot);
+    };
+    int last = 0;
+#pragma unroll 1
+    for (int step = 0; step < steps; step++) {
+      barrier_wait(x_empty + 8 * x.slot, x.phase ^ 1);
+      {
+        unsigned char* const to = shared + Traits::kX + x.slot * Traits::kXSlot + first_row * kLine + piece * 16;
+#pragma unroll
+        for (int i = 0; i < kXCopies; i++)  // rows of zeros are made here, too
+          if (kRowsAtOnce * i < x_rows)
+            copy_async16(to + i * (kRowsAtOnce * kLine), x_at + static_cast<unsigned>(max(source[i], 0)), source[i] >= 0);
+        unsigned char* const taps = shared + Traits::kTaps + x.slot * Traits::kTapsSlot;
+        copy_async16(taps + taps_place, taps_at, true);
+        if (thread < kDepth / 2) copy_async16(taps + Traits::kBias + thread * 16, bias_at, true);
+        barrier_arrive_after_copies(x_full + 8 * x.slot);
+        x_at += kDepth / 8, taps_at += 4 * kDepth, bias_at += kDepth;
+        x.next();
+      }
+      barrier_wait(weights_empty + 8 * w.slot, w.phase ^ 1);
+      {
+        // Both directions' rows follow each other, 1,024 bytes eight of them. Where they are fewer than 16 kTiles, columns
+        // that reach no output are computed from what lies there.
+        unsigned char* const to = shared + Traits::kWeights + w.slot * Traits::kWeightSlot + weight_place;
+        const uint4* from = weights_at;
+#pragma unroll
+        for (int i = 0; i < kTiles; i++, from += weight_step)  // 2 row is a multiple of 16
+          if (kRowsAtOnce * i < 2 * row) copy_async16(to + i * (kRowsAtOnce * kLine), from, true);
+        copy_async_commit();
+        weights_at += kDepth / 8;
+      }
+      if (step > 0) {
+        copy_async_wait<1>();
+        weights_are_here(last);
+      }
+      last = w.slot;
+      w.next();
+    }
+    copy_async_wait<0>();
+    weights_are_here(last);
+    return;
+  }
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
+
+  const int first = tile_first + warp * tokens / kWarps;
+  const int count = max(min(tile_first + (warp + 1) * tokens / kWarps, tile_end) - first, 0);
+  const int in_first_image = count == 0 ? 0 : min(count, L - first % L);
+  const int first_row = count == 0 ? 0 : padded(first) - kHalo - x_first;
+  unsigned char* const u_rows = shared + warp * (kRun * kLine);
+  const int lane_place = (lane >> 2 << 4) + (lane & 3) * 4;
+  float sums[2][4 * kTiles];
+
+  Ring<kXSlots> x_ring;
+  Ring<kWeightSlots> w_ring;
+  // x_proj of a step: when all four warps have made their rows of u and the weights are here.
+  auto multiply = [&](int step) {
+    barrier_wait(u_made, step & 1);
+    barrier_wait(weights_full + 8 * w_ring.slot, w_ring.phase);
+    pin(sums[0]);
+    pin(sums[1]);
+    wgmma_arrive();
+    const uint32_t u_at = shared_at + (step & 1) * (2 * Traits::kU) + warpgroup * (4 * kRun * kLine);
+    const uint32_t w_at = shared_at + Traits::kWeights + w_ring.slot * Traits::kWeightSlot;
+#pragma unroll
+    for (int dir = 0; dir < 2; dir++) {
+      const uint64_t a = tile_descriptor(u_at + dir * Traits::kU), b = tile_descriptor(w_at + dir * row * kLine);
+#pragma unroll
+      for (int k = 0; k < kDepth / 16; k++) Wgmma<T, kTiles>::run(sums[dir], a + 2 * k, b + 2 * k, step > 0 || k > 0);
+    }
+    wgmma_commit();
+    pin(sums[0]);
+    pin(sums[1]);
+  };
+#pragma unroll 1
+  for (int step = 0; step < steps; step++) {
+    barrier_wait(x_full + 8 * x_ring.slot, x_ring.phase);
+    const unsigned char* x = shared + Traits::kX + x_ring.slot * Traits::kXSlot + first_row * kLine + lane * 4;
+    unsigned char* const u = u_rows + (step & 1) * (2 * Traits::kU);
+    Taps taps;
+    {
+      const unsigned char* const at = shared + Traits::kTaps + x_ring.slot * Traits::kTapsSlot;
+      const float4* w = reinterpret_cast<const float4*>(at) + lane;
+      const float2* bias = reinterpret_cast<const float2*>(at + Traits::kBias) + lane;
+      taps.forward0 = half_of(w[0]), taps.forward1 = half_of(w[kDepth / 2]);
+      taps.backward0 = half_of(w[kDepth]), taps.backward1 = half_of(w[kDepth + kDepth / 2]);
+      taps.forward_bias = half_of(bias[0]), taps.backward_bias = half_of(bias[kDepth / 2]);
+    }
+    Window window;
+    conv_start<T>(window, x);
+    conv_tokens<T, 0, kRun / 2>(window, x, u, Traits::kU, lane_place, 0, in_first_image, taps);
+    if (step > 0) multiply(step - 1);  // in the middle: nobody waits for the slowest of the four, nor for the products
+    if (in_first_image > kRun / 2)
+      conv_tokens<T, kRun / 2, kRun>(window, x, u, Traits::kU, lane_place, 0, in_first_image, taps);
+#pragma unroll 1
+    for (int done = in_first_image; done < count; done += L) {
+      x += (done == in_first_image ? in_first_image + kHalo : L + kHalo) * kLine;
+      Window other;
+      conv_start<T>(other, x);
+      conv_tokens<T, 0, kRun>(other, x, u, Traits::kU, lane_place, done, min(count - done, L), taps);
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(x_empty + 8 * x_ring.slot);
+    x_ring.next();
+    if (step > 0) {
+      wgmma_wait<0>();
+      if (lane == 0) barrier_arrive(weights_empty + 8 * w_ring.slot);
+      w_ring.next();
+    }
+    fence_for_wgmma();
+    __syncwarp();
+    if (lane == 0) barrier_arrive(u_made);
+  }
+  multiply(steps - 1);
+  wgmma_wait<0>();
+  pin(sums[0]);
+  pin(sums[1]);
+  asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
+
+  // Through shared memory, a step of the warpgroup's own u, to be written in rows.
+  const int g = lane >> 2, q = lane & 3;
+  T* const out = static_cast<T*>(p.x_dbl);
+#pragma unroll
+  for (int dir = 0; dir < 2; dir++) {
+    unsigned char* const mine = u_rows + dir * Traits::kU;
+#pragma unroll
+    for (int n = 0; n < kTiles; n++)
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        *reinterpret_cast<uint32_t*>(mine + (n >= 8 ? 2 * Traits::kU : 0) + (8 * half + g) * kLine + (((n & 7) ^ g) << 4) + 4 * q) =
+            Pair<T>::pack(sums[dir][4 * n + 2 * half], sums[dir][4 * n + 2 * half + 1]);
+    __syncwarp();
+#pragma unroll 2
+    for (int i = lane; i < kRun * kTiles; i += 32) {
+      const int t = i / kTiles, n = i % kTiles;
+      if (t < count && 8 * n < row)
+        *reinterpret_cast<uint4*>(out + (static_cast<int64_t>(dir) * total + first + t) * row + 8 * n) =
+            *reinterpret_cast<const uint4*>(mine + (n >= 8 ? 2 * Traits::kU : 0) + t * kLine + (((n & 7) ^ (t & 7)) << 4));
+    }
+  }
+}
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+template <typename Traits>
+__global__ __launch_bounds__(kThreads, 1) void wgmma_kernel(const __grid_constant__ ConvXProjParams p, int tokens) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  wgmma_tile<Traits>(p, tokens);
+#endif
+}
+
+// As few rounds of one block a multiprocessor as hold all tokens, and equal tiles in them.
+int tokens_of_tile(const ConvXProjParams& p, int64_t processors) {
+  const int64_t total = static_cast<int64_t>(p.batch) * p.seqlen;
+  int most = kTokens;  // short images have more rows of zeros between them
+  while (most + kHalo * ((most + p.seqlen - 2) / p.seqlen) > kRows - 2 * kHalo) most--;
+  const int64_t rounds = (total + processors * most - 1) / (processors * most);
+  return static_cast<int>((total + processors * rounds - 1) / (processors * rounds));
+}
+
+template <typename T, int kTiles>
+cudaError_t launch(const ConvXProjParams& p, cudaStream_t stream) {
+  using Traits = WgmmaTraits<T, kTiles>;
+  const int64_t total = static_cast<int64_t>(p.batch) * p.seqlen;
+  if (static_cast<int64_t>(p.batch) * (p.seqlen + kHalo) > INT_MAX - kRows || total * (p.d_inner / 4) > INT_MAX)
+    return cudaErrorInvalidConfiguration;
+  const cudaError_t status = allow_shared<wgmma_kernel<Traits>>(Traits::kBytes);
+  if (status != cudaSuccess) return status;
+  const int tokens = tokens_of_tile(p, processors_of_device());
+  // Not launch_dependent: see conv_xproj_many.cu.
+  wgmma_kernel<Traits><<<static_cast<unsigned>((total + tokens - 1) / tokens), kThreads, Traits::kBytes, stream>>>(p, tokens);
+  return cudaGetLastError();
+}
+
+template <typename T>
+cudaError_t dispatch(const ConvXProjParams& p, cudaStream_t stream) {
+  if (p.row <= 48) return launch<T, 6>(p, stream);  // ViM-Ti
+  if (p.row <= 56) return launch<T, 7>(p, stream);  // ViM-S
+  return launch<T, 10>(p, stream);                  // ViM-B
+}
+
+}  // namespace
+
+int32_t conv_xproj_wgmma_tokens(const ConvXProjParams& p) { return tokens_of_tile(p, processors_of_device()); }
+
+bool conv_xproj_wgmma_supported(int32_t d_inner, int32_t row) {
+#ifdef STM_SM90A
+  int device = 0, major = 0;
+  return d_inner % kDepth == 0 && row <= 80 && cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
+#else
+  static_cast<void>(d_inner), static_cast<void>(row);
+  return false;
+#endif
+}
+
+cudaError_t conv_xproj_wgmma(const ConvXProjParams& p, cudaStream_t stream) {
+  if (!conv_xproj_wgmma_supported(p.d_inner, p.row)) return cudaErrorInvalidConfiguration;
+  switch (p.type) {
+    case DataType::kFloat16: return dispatch<__half>(p, stream);
+    case DataType::kBFloat16: return dispatch<__nv_bfloat16>(p, stream);
+    case DataType::kFloat32: break;
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace stm
