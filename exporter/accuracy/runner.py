@@ -159,7 +159,11 @@ def measure(
             raise ConfigError(f"latency only goes on with a table, and {output} holds none: leave it out, or give that table's -o")
         head = Records(Path(str(output))).head()
         identity |= {key: head["identity"].get(key) for key in ("weights_sha256", "images", "device")}
-        about = {**{key: value for key, value in head.items() if key not in ("schema", "kind", "identity")}, "methods": about["methods"], "budgets": about["budgets"]}
+        about = {
+            **{key: value for key, value in head.items() if key not in ("schema", "kind", "identity")},
+            "methods": about["methods"],
+            "budgets": about["budgets"],
+        }
         variants = ()
     with contextlib.ExitStack() as stack:
         folder = Path(output) if output is not None else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stm-accuracy-")))

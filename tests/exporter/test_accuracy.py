@@ -550,7 +550,9 @@ def test_latency_alone_goes_on_with_a_table_and_needs_no_weights(tmp_path: Path,
     config = TINY.with_changes(name="vim-n", image_size=(224, 224))
     monkeypatch.setitem(stm.registry._MODELS, "vim-n", stm.registry.ModelEntry(config, None, None))
     monkeypatch.setattr(latency_module, "require_engines", lambda library: None)
-    monkeypatch.setattr(latency_module, "_time", lambda shop, bench, candidate, cell, batch: Latency(cell.name, cell.budget.label, batch, 1.0, 0.0, 2.0))
+    monkeypatch.setattr(
+        latency_module, "_time", lambda shop, bench, candidate, cell, batch: Latency(cell.name, cell.budget.label, batch, 1.0, 0.0, 2.0)
+    )
     arguments = {**QUICK, "methods": ["stm", "stm-mean", "mtr"]}
     alone = {**arguments, "latency": ["stm", "mtr"], "latency_batches": [2], "latency_only": True}
     with pytest.raises(ConfigError, match="holds none"):
@@ -567,7 +569,9 @@ def test_latency_alone_goes_on_with_a_table_and_needs_no_weights(tmp_path: Path,
     assert run.latency("stm-mean", "TL 20", 2) is None
     assert {row.name: row.top1 for row in run.rows} == {row.name: row.top1 for row in before.rows}
     after = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert {key: after[key] for key in head if key not in ("budgets", "methods")} == {key: head[key] for key in head if key not in ("budgets", "methods")}
+    assert {key: after[key] for key in head if key not in ("budgets", "methods")} == {
+        key: head[key] for key in head if key not in ("budgets", "methods")
+    }
 
 
 def test_engines_are_built_ahead_for_each_batch_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
