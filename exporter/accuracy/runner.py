@@ -170,7 +170,7 @@ def measure(
         records = Records(folder)
         mine: list[Key] = [(variant, cell.name, cell.budget.label) for variant in variants for cell in todo]
         mine += [("latency", cell.name, cell.budget.label, f"b{batch}") for cell in todo if cell.name in (latency or ()) for batch in latency_batches]
-        before_us = [key for one in records.left() if (key := tuple(one)) not in mine]
+        before_us = [key for one in records.left() if (key := tuple(one)) not in mine and not records.path(*key).exists()]
         # Noted first, so that a run that is killed does not pass for a whole one.
         lacking = [key for key in mine if not records.path(*key).exists()]
         about = records.begin(identity, {**about, "left": len(before_us) + len(lacking), "left_keys": [*before_us, *lacking]})

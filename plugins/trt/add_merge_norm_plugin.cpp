@@ -96,8 +96,10 @@ struct AddMergeNormOp : OpDefaults {
                           int(seqlen));
       }
       if (v.i(kOutLen) > seqlen) return where.fail("out_len is %d, but residual has %d tokens", v.i(kOutLen), int(seqlen));
-      if (b.known(kMemberCount) && b[kMemberCount] > seqlen) {
-        return where.fail("members has %d entries, but residual has %d tokens", int(b[kMemberCount]), int(seqlen));
+      // A token joins one group, and each group's first may stand twice: with weight one, and with what its weight lacks of that.
+      if (b.known(kMemberCount) && b[kMemberCount] > seqlen + v.i(kOutLen)) {
+        return where.fail("members has %d entries, but residual has %d tokens and out_len is %d: that is more than a plan can have",
+                          int(b[kMemberCount]), int(seqlen), v.i(kOutLen));
       }
     }
     if (b.known(kMemberCount) && b[kMemberCount] < v.i(kOutLen)) {

@@ -1,5 +1,7 @@
 """The `tensorrt` lowering: the same function, on our nodes only. Numbers come from onnx's reference evaluator."""
 
+from collections import Counter
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -118,6 +120,26 @@ def test_rules_of_the_merge_become_edge_or_table(portable):
             rules = {onnx.helper.get_node_attr_value(node, "merge").decode() for node in nodes}
             assert rules == {"none", rule}, name
             assert len(nodes) == CONFIG.depth + 1
+
+
+def test_the_members_of_a_table_are_as_many_as_the_plugin_takes(portable):
+    """Each token once; a mean lists the first of each group again, with what its weight lacks of one."""
+    for name, twice in (("frontier", False), ("mean", True)):
+        lowered = lower_tensorrt(portable(name)[1])
+        values = {i.name: onnx.numpy_helper.to_array(i) for i in lowered.graph.initializer}
+        length, merges = CONFIG.seqlen, 0
+        for node in lowered.graph.node:
+            if node.op_type != "StmAddMergeNorm" or onnx.helper.get_node_attr_value(node, "merge") != b"table":
+                continue
+            begin, members, columns = (values[name] for name in node.input[-3:])
+            out_len = onnx.helper.get_node_attr_value(node, "out_len")
+            seen = Counter(members.tolist())
+            assert set(seen) == set(range(length))
+            assert set(seen.values()) <= {1, 2} if twice else set(seen.values()) == {1}
+            assert (max(seen.values()) == 2) == twice
+            assert out_len <= len(members) == len(columns) == begin[-1] <= length + out_len
+            length, merges = out_len, merges + 1
+        assert merges
 
 
 def test_every_node_of_ours_is_a_fused_op_with_the_plugin_key(portable):

@@ -198,6 +198,14 @@ def test_command_line_whole_way(work, record, capsys):
         load_engine(out)
 
 
+@pytest.mark.parametrize("rule", ["edge", "spread", "frontier", "one_sided"])
+@pytest.mark.parametrize("weights", ["hsp", "mean", "sum", "decay"])
+def test_every_rule_and_weight_is_built_and_verified(work, rule, weights):
+    out = work / f"{rule}-{weights}" / "vim.engine"
+    merging = ["--rate", "0.2", "--rule", rule, "--merge-weights", weights]
+    assert main(["export", "--model", "vim-n", *merging, "--batch", "1:8:8", "--opt-level", "1", "-o", str(out)]) == 0
+
+
 def test_engine_verifies_without_torch(work):
     out = work / "cli" / "fresh.engine"
     assert main(["export", "--model", "vim-t", "--weights", "random", "--batch", "1:5:5", "--opt-level", "1", "-o", str(out)]) == 0

@@ -262,6 +262,12 @@ Case norm_case(DataType T, const char* merge, int cls = -1) {
   return c;
 }
 
+// A mean of two groups: their first tokens stand twice.
+Case mean(Case c) {
+  for (int i : {5, 6}) c.inputs[i].shape[0] = kSeqlen + 2;
+  return c;
+}
+
 std::vector<Case> all_cases() {
   std::vector<Case> cases;
   for (DataType T : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16}) {
@@ -275,6 +281,7 @@ std::vector<Case> all_cases() {
     cases.push_back(norm_case(T, "none", 98));
     cases.push_back(shared_residual(norm_case(T, "none")));
     cases.push_back(shared_residual(norm_case(T, "table")));
+    cases.push_back(mean(norm_case(T, "table")));
   }
   return cases;
 }
@@ -532,6 +539,9 @@ void check_bad_shapes() {
   Case few = table;
   few.inputs[5].shape[0] = 189;
   refuse_shape(few, 6, {189}, {"members has 189 entries for out_len = 190"});
+  Case many = table;
+  many.inputs[5].shape[0] = kSeqlen + 191;
+  refuse_shape(many, 6, {kSeqlen + 191}, {"members has 388 entries, but residual has 197 tokens and out_len is 190"});
   Case shorter = table;
   shorter.inputs[0].shape[1] = 180;
   refuse_shape(shorter, 1, {kBatch, 180, kModel}, {"out_len is 190", "180 tokens"});
