@@ -69,6 +69,7 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rate", type=_rate, metavar="R", help="share of tokens removed by the last layer, for example 0.2")
     group.add_argument("--plan", metavar="FILE|PRESET", help="a plan file, or stm-15, stm-20, stm-30, stm-40")
     _merge_options(group)
+    group.add_argument("--align", type=_positive, metavar="N", help="leave a multiple of N tokens after each merge; kernels like 8 (default 1)")
 
 
 def _merge_options(group: argparse._ArgumentGroup) -> None:
@@ -414,6 +415,7 @@ def _run_export(args: argparse.Namespace) -> Answer:
         merge_weights=args.merge_weights,
         rule=args.rule,
         proportional_decay=args.proportional_decay,
+        align=args.align,
         reduction=args.reduction,
         image_size=args.image_size,
         num_classes=args.num_classes,
@@ -458,7 +460,7 @@ def _optimized(args: argparse.Namespace) -> Any:
     if args.budget is None:
         raise ConfigError("--optimize needs --budget, for example 0.6x of the true FLOPs")
     given = {"--rate": args.rate, "--plan": args.plan, "--rule": args.rule, "--merge-weights": args.merge_weights}
-    if idle := [option for option, value in {**given, "--proportional-decay": args.proportional_decay}.items() if value]:
+    if idle := [option for option, value in {**given, "--proportional-decay": args.proportional_decay, "--align": args.align}.items() if value]:
         raise ConfigError(f"{', '.join(idle)}: --optimize chooses that itself")
     if args.output and Path(args.output).suffix not in (".json", ".png"):
         raise ConfigError(f"-o {args.output}: give .json for the plan or .png for its picture")
@@ -510,6 +512,7 @@ def _run_plan(args: argparse.Namespace) -> Answer:
             merge_weights=args.merge_weights,
             rule=args.rule,
             proportional_decay=args.proportional_decay,
+            align=args.align,
         )
         or make_plan(config)
     )

@@ -59,6 +59,7 @@ def choose_plan(
     merge_weights: str | None = None,
     rule: str | None = None,
     proportional_decay: bool = False,
+    align: int | None = None,
 ) -> MergePlan | None:
     """A plan from a rate, a preset, a file or a MergePlan; None where nothing merges.
 
@@ -68,20 +69,22 @@ def choose_plan(
     config = model_config(name, image_size)
     if rate is not None and plan is not None:
         raise stm.PlanError("give --rate or --plan, not both")
+    how: dict[str, Any] = {"weights": merge_weights or "hsp", "rule": rule or "edge", "proportional_decay": proportional_decay}
+    how["align"] = 1 if align is None else align
     if isinstance(plan, str) and plan in stm.PRESETS:
-        made = make_plan(config, preset=plan, weights=merge_weights or "hsp", rule=rule or "edge", proportional_decay=proportional_decay)
+        made = make_plan(config, preset=plan, **how)
     elif plan is not None:
-        if rule or proportional_decay:
-            raise stm.PlanError("--rule and --proportional-decay make a plan from --rate or a preset; a plan file holds its own")
+        if rule or proportional_decay or align is not None:
+            raise stm.PlanError("--rule, --proportional-decay and --align make a plan from --rate or a preset; a plan file holds its own")
         loaded = resolve_plan(config, plan)
         assert loaded is not None
         made = loaded.with_weights(merge_weights) if merge_weights else loaded
     elif not rate:
-        if merge_weights or rule or proportional_decay:
-            raise stm.PlanError("--merge-weights, --rule and --proportional-decay say how to merge; say how much, too: --rate or --plan")
+        if merge_weights or rule or proportional_decay or align is not None:
+            raise stm.PlanError("--merge-weights, --rule, --proportional-decay and --align say how to merge; say how much, too: --rate or --plan")
         return None
     else:
-        made = make_plan(config, rate=rate, weights=merge_weights or "hsp", rule=rule or "edge", proportional_decay=proportional_decay)
+        made = make_plan(config, rate=rate, **how)
     return made if made.merges else None
 
 
@@ -154,6 +157,7 @@ def export(
     merge_weights: str | None = None,
     rule: str | None = None,
     proportional_decay: bool = False,
+    align: int | None = None,
     reduction: Reduction | str | None = None,
     image_size: ImageSize = 224,
     num_classes: int | None = None,
@@ -219,7 +223,8 @@ def export(
     with Steps(3 + engine * 2 + verify_output, show_progress) as steps:
         clock = time.perf_counter()
         with steps.step("loading weights"):
-            how: dict[str, Any] = {"rate": rate, "plan": plan, "merge_weights": merge_weights, "rule": rule, "proportional_decay": proportional_decay}
+            how: dict[str, Any] = {"rate": rate, "plan": plan, "merge_weights": merge_weights, "rule": rule}
+            how |= {"proportional_decay": proportional_decay, "align": align}
             method = choose_reduction(name, image_size, reduction, **how)
             chosen = choose_plan(name, image_size, **how)
             model = load_model(

@@ -469,6 +469,38 @@ def preset_schedule(config: VimConfig, name: str, *, one_sided: bool = False) ->
     return constant_schedule(config, max(1, round(preset.k * scale)), round(preset.removed * scale), one_sided=one_sided)
 
 
+def aligned_schedule(config: VimConfig, schedule: Schedule, multiple: int) -> dict[int, tuple[int, int]]:
+    """The schedule that leaves a multiple of `multiple` tokens wherever it merges: in each layer the one nearest to what
+    the given schedule leaves, the larger of two. Layers where that takes no token merge nothing.
+
+    Kernels work on tokens in pieces, so a few tokens over a multiple can cost as much as the next one.
+
+    Raises:
+        PlanError: no multiple leaves a token on each side of the class token.
+    """
+    if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
+        raise PlanError(f"align is {multiple!r}; it is a number of tokens, 1 or more")
+    one_sided = not any(right for _, right in schedule.values())
+    room = [max(0, config.cls_index - 1), 0 if one_sided else max(0, config.seqlen - 2 - config.cls_index)]
+    wanted = left = config.seqlen
+    aligned: dict[int, tuple[int, int]] = {}
+    for layer in sorted(schedule):
+        wanted -= sum(schedule[layer])
+        take = left - (2 * wanted + multiple) // (2 * multiple) * multiple
+        if take <= 0:
+            continue
+        if take > sum(room):
+            raise PlanError(
+                f"align {multiple}: before layer {layer} {left - take} tokens would be left, and both sides must keep one; take a smaller multiple"
+            )
+        first = min(room[0], (take + 1) // 2 if not one_sided else take)
+        second = min(room[1], take - first)
+        first = take - second
+        aligned[layer] = (first, second)
+        room[0], room[1], left = room[0] - first, room[1] - second, left - take
+    return aligned
+
+
 def make_plan(
     config: VimConfig,
     *,
@@ -478,8 +510,12 @@ def make_plan(
     rule: str = "edge",
     weights: str = "hsp",
     proportional_decay: bool = False,
+    align: int = 1,
 ) -> MergePlan:
     """Make a plan from one of rate, preset or schedule, with a position rule.
+
+    `align` leaves a multiple of so many tokens after each merge (`aligned_schedule`): about as many are removed, in fewer
+    and larger steps.
 
     Rules: `edge` folds the k outermost tokens of each side into the next one inward, at every layer anew (the only
     reading under which the paper's eq. 20 is exact); `frontier` merges successive untouched pairs from outside
@@ -502,6 +538,8 @@ def make_plan(
             schedule = preset_schedule(config, preset, one_sided=one_sided)
         else:
             schedule = rate_schedule(config, rate or 0.0, one_sided=one_sided)
+    if align != 1:
+        schedule = aligned_schedule(config, schedule, align)
     side_rule = {"edge": _edge, "one_sided": _edge, "frontier": _frontier, "spread": _spread}[rule]
     # A side is a list of marks, outermost token first; a mark is how often a token has been a target.
     sides = [[0] * config.cls_index, [0] * (config.seqlen - 1 - config.cls_index)]

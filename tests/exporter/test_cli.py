@@ -16,7 +16,8 @@ from onnx import numpy_helper
 
 import exporter.onnx_export
 from exporter.cli import main, main_export
-from stm import VimConfig, VisionMamba, create_model, make_plan
+from exporter.deploy import choose_plan
+from stm import VimConfig, VisionMamba, create_model, make_plan, model_config
 
 pytestmark = pytest.mark.usefixtures("tiny_vim_t")
 RANDOM = ["--model", "vim-t", "--image-size", "64", "--weights", "random"]
@@ -122,6 +123,24 @@ def test_plan_json_names(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     assert "197 193 189" in text
     assert "153x13" in text
     assert "4.236 (-16.6%" in text
+
+
+def test_plan_aligned_to_pieces_of_tokens(tmp_path, capsys):
+    assert main(["plan", "--model", "vim-s", "--rate", "0.2", "--align", "8", "-o", str(tmp_path / "p.json")]) == 0
+    assert "197 192x2 184x2 176x2 168x2 160x15" in capsys.readouterr().out
+    assert main(["plan", "--model", "vim-s", "--plan", str(tmp_path / "p.json"), "--align", "8"]) == 2
+    assert "a plan file holds its own" in capsys.readouterr().err
+    assert main(["plan", "--model", "vim-s", "--align", "8"]) == 2
+    assert "say how much, too" in capsys.readouterr().err
+    assert main(["plan", "--model", "vim-s", "--rate", "0.9", "--align", "250"]) == 2
+    assert "both sides must keep one" in capsys.readouterr().err
+    assert main(["plan", "--model", "vim-s", "--align", "8", "--optimize", "--budget", "0.6x"]) == 2
+    assert "--align: --optimize chooses that itself" in capsys.readouterr().err
+
+
+def test_an_export_takes_the_aligned_plan():
+    plan = choose_plan("vim-t", 224, rate=0.2, align=8)
+    assert plan == make_plan(model_config("vim-t"), rate=0.2, align=8)
 
 
 def test_inspect(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stm import PRESETS, RULES, Group, MergePlan, PlanError, VimConfig, make_plan, model_config
-from stm.plan import MAX_PLAN_BYTES, resolve_plan
+from stm.plan import MAX_PLAN_BYTES, aligned_schedule, resolve_plan
 
 VIM_T = model_config("vim-t")
 BASE: dict[str, Any] = {
@@ -80,6 +80,52 @@ def test_sizes_count_every_token_once(preset: str, rule: str) -> None:
         assert all(max(token) < 98 for token in tokens[:cls])
         assert all(min(token) > 98 for token in tokens[cls + 1 :])
         assert [token[0] for token in tokens] == sorted(token[0] for token in tokens)
+
+
+# --- multiples of tokens ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("multiple", [2, 8, 16])
+def test_an_aligned_plan_leaves_multiples_near_the_plan(preset: str, rule: str, multiple: int) -> None:
+    whole, plan = make_plan(VIM_T, preset=preset, rule=rule), make_plan(VIM_T, preset=preset, rule=rule, align=multiple)
+    assert plan.layers
+    assert set(plan.layers) <= set(whole.layers)
+    for layer in range(1, VIM_T.depth):
+        left = plan.lengths[layer]
+        assert left == VIM_T.seqlen or left % multiple == 0
+        assert abs(left - whole.lengths[layer]) <= multiple / 2 or left == VIM_T.seqlen
+        sides = plan.cls_positions[layer], left - 1 - plan.cls_positions[layer]
+        assert rule == "one_sided" or abs(sides[0] - sides[1]) <= 1
+        assert rule != "one_sided" or sides[1] == 98
+
+
+def test_alignment_to_one_token_changes_nothing() -> None:
+    assert make_plan(VIM_T, rate=0.2, align=1) == make_plan(VIM_T, rate=0.2)
+    schedule = {layer: tuple(len(g.sources) for g in groups) for layer, groups in make_plan(VIM_T, rate=0.2).layers.items()}
+    assert aligned_schedule(VIM_T, schedule, 1) == schedule
+
+
+def test_alignment_of_rate_0_2_to_8_tokens_by_hand() -> None:
+    """193, 189, 185, .. 161, 158 tokens: the nearest multiples of 8, of which each second asks for nothing."""
+    plan = make_plan(VIM_T, rate=0.2, align=8)
+    assert {layer: [len(g.sources) for g in groups] for layer, groups in plan.layers.items()} == {
+        1: [3, 2],
+        3: [4, 4],
+        5: [4, 4],
+        7: [4, 4],
+        9: [4, 4],
+    }
+    assert plan.lengths[:11] == [197, 192, 192, 184, 184, 176, 176, 168, 168, 160, 160]
+
+
+def test_alignment_that_leaves_no_side_is_refused() -> None:
+    with pytest.raises(PlanError, match="align 300: before layer 12 0 tokens would be left"):
+        make_plan(VIM_T, rate=0.3, align=300)
+    for wrong in (0, -8, 2.0):
+        with pytest.raises(PlanError, match="it is a number of tokens, 1 or more"):
+            make_plan(VIM_T, rate=0.2, align=wrong)  # type: ignore[arg-type]
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
