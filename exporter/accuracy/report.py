@@ -48,7 +48,16 @@ def _change(row: Row) -> str:
 def _latency(found: Latency | None) -> str:
     if found is None or found.median_ms is None:
         return ""
-    return f"{_ms(found.median_ms)}{f' ({found.ratio[0]:.3f})' if found.ratio else ''}"
+    ratio = f" ({found.ratio[0]:.3f})" if found.ratio else ""
+    return f"{_ms(found.median_ms)}{ratio}{_throughput(found.batch, found.median_ms)}"
+
+
+def _throughput(batch: int, ms: float) -> str:
+    return f", {1000 * batch / ms:,.0f}" if batch > 1 else ""
+
+
+def _time_head(batch: int, what: str) -> str:
+    return f"{what}{', images/s' if batch > 1 else ''}"
 
 
 def terminal_lines(run: Run) -> list[str]:
@@ -115,9 +124,12 @@ def _unmerged_table(run: Run) -> list[str]:
     rows = []
     for variant in run.variants:
         row = run.unmerged(variant)
-        latencies = [_ms(one.unmerged_ms) if one and one.unmerged_ms is not None else "" for one in timed.values()]
+        latencies = [
+            _ms(one.unmerged_ms) + _throughput(batch, one.unmerged_ms) if one and one.unmerged_ms is not None else "" for batch, one in timed.items()
+        ]
         rows.append([variant, str(row.top1), f"{row.figures['gflops_true']:.3f}", f"{row.figures['gflops_paper']:.3f}", *latencies])
-    head = ["unmerged, on", "top-1 (95 %)", "GFLOPs, true", "GFLOPs, paper", *(f"TensorRT {_precision(run)}, batch {batch}, ms" for batch in timed)]
+    head = ["unmerged, on", "top-1 (95 %)", "GFLOPs, true", "GFLOPs, paper"]
+    head += [_time_head(batch, f"TensorRT {_precision(run)}, batch {batch}, ms") for batch in timed]
     return _table(head, rows)
 
 
@@ -168,7 +180,7 @@ def _section(run: Run, budget: str, variant: str) -> list[str]:
             ]
         )
     head = ["method", "tokens left", "TL removed", "GFLOPs, true", "paper", "top-1 (95 %)", "points to unmerged", "points to stm (95 %)"]
-    head += ["agreement", "KL (95 %)", "state error", *(f"ms, batch {batch} (of unmerged)" for batch in run.batches)]
+    head += ["agreement", "KL (95 %)", "state error", *(_time_head(batch, f"ms, batch {batch} (of unmerged)") for batch in run.batches)]
     return _table(head, rows)
 
 

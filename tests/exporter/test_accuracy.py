@@ -499,7 +499,10 @@ def test_latency_is_taken_with_the_unmerged_model_and_rivals_may_lack_it(tmp_pat
     lacking = run.latency("mtr", "TL 20", 2)
     assert lacking is not None
     assert lacking.reason == "BuildError: rivals have no engine yet"
-    assert "rivals have no engine yet" in markdown(run)
+    page = markdown(run)
+    assert "rivals have no engine yet" in page
+    assert "ms, batch 2 (of unmerged), images/s" in page
+    assert f"({found.ratio[0]:.3f}), {2000 / found.median_ms:,.0f} |" in page
     assert f"{tmp_path}/accuracy-vs-latency-b2-vim-tiny-test.png" in run.outputs
     assert [len(places) for places in drawn] == [5, 3], "all against FLOPs; the unmerged model and stm against latency"
     count = len(built)
