@@ -471,12 +471,13 @@ def preset_schedule(config: VimConfig, name: str, *, one_sided: bool = False) ->
 
 def aligned_schedule(config: VimConfig, schedule: Schedule, multiple: int) -> dict[int, tuple[int, int]]:
     """The schedule that leaves a multiple of `multiple` tokens wherever it merges: in each layer the one nearest to what
-    the given schedule leaves, the larger of two. Layers where that takes no token merge nothing.
+    the given schedule leaves, the larger of two. Layers where that takes no token merge nothing. Both sides give the same,
+    the left one the odd token, unless the given schedule takes from the left alone.
 
     Kernels work on tokens in pieces, so a few tokens over a multiple can cost as much as the next one.
 
     Raises:
-        PlanError: no multiple leaves a token on each side of the class token.
+        PlanError: no multiple leaves a token on each side of the class token, or none is near enough for any merge.
     """
     if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
         raise PlanError(f"align is {multiple!r}; it is a number of tokens, 1 or more")
@@ -498,6 +499,11 @@ def aligned_schedule(config: VimConfig, schedule: Schedule, multiple: int) -> di
         first = take - second
         aligned[layer] = (first, second)
         room[0], room[1], left = room[0] - first, room[1] - second, left - take
+    if not aligned and wanted < config.seqlen:
+        raise PlanError(
+            f"align {multiple}: {config.seqlen - wanted} of {config.seqlen} tokens are to go, and what is left is nearer to "
+            f"{multiple * math.ceil(config.seqlen / multiple)} than to a multiple below; take a smaller one"
+        )
     return aligned
 
 
@@ -514,8 +520,8 @@ def make_plan(
 ) -> MergePlan:
     """Make a plan from one of rate, preset or schedule, with a position rule.
 
-    `align` leaves a multiple of so many tokens after each merge (`aligned_schedule`): about as many are removed, in fewer
-    and larger steps.
+    `align` leaves a multiple of so many tokens after each merge (`aligned_schedule`), within half of it of what would be
+    left without: fewer and larger steps.
 
     Rules: `edge` folds the k outermost tokens of each side into the next one inward, at every layer anew (the only
     reading under which the paper's eq. 20 is exact); `frontier` merges successive untouched pairs from outside

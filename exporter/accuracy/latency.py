@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Future
 from concurrent.futures import wait as wait_for
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,12 +117,13 @@ class Exports:
         self._pool = export_pool(build_jobs if build_jobs > 1 else min(EXPORTERS, max(1, (os.cpu_count() or 2) // 2)))
         self._build = tuple(batches) if build_jobs > 1 else ()
         self._made: dict[str, Future[None]] = {}
+        engines = engines_here(plugin_library)
         for cell in cells:
             try:
                 candidate = bench.make(cell)
             except StmError:
                 continue
-            if all(_timed(records, candidate, cell, batch) for batch in batches):
+            if all(_timed(records, candidate, cell, batch, engines) for batch in batches):
                 continue
             described = candidate.reduction.describe() if candidate.reduction else None
             label = records_label(cell)
@@ -179,10 +180,21 @@ def export_ahead(
         reduced_engine(workshop, spec, reduction, batch)
 
 
-def _timed(records: Records, candidate: Candidate, cell: Cell, batch: int) -> bool:
-    """Whether this is recorded; what failed is tried again."""
+def engines_here(plugin_library: str | Path | None) -> str:
+    """What engines are made of: "TensorRT 10.6.0, kernels 6"; empty where that cannot be told."""
+    from ..engine import process
+    from ..libraries import load_plugin
+
+    try:
+        return f"TensorRT {process().trt.__version__}, kernels {load_plugin(plugin_library).kernel_version}"
+    except StmError:
+        return ""
+
+
+def _timed(records: Records, candidate: Candidate, cell: Cell, batch: int, engines: str) -> bool:
+    """Whether this is recorded, of engines made of the same; what failed is tried again."""
     before = records.get(candidate.identity, "latency", cell.name, cell.budget.label, f"b{batch}")
-    return before is not None and not before["latency"]["reason"]
+    return before is not None and not before["latency"]["reason"] and (not engines or before["latency"].get("engines", "") in ("", engines))
 
 
 def time_engines(
@@ -203,22 +215,24 @@ def time_engines(
         exports.settle(deadline)
     workshop = Workshop("cuda", folder=records.folder / "engines", plugin_library=plugin_library)
     left: list[tuple[str, ...]] = []
+    engines = engines_here(plugin_library)
     for cell in cells:
         with steps.step(f"latency: {cell.name} {cell.budget.label}"):
+            try:
+                candidate = bench.make(cell)
+            except StmError:
+                continue  # not possible, and said so by the accuracy pass
             for batch in batches:
                 key = ("latency", cell.name, cell.budget.label, f"b{batch}")
+                if _timed(records, candidate, cell, batch, engines):
+                    continue
                 if expired(deadline):
                     left.append(key)
                     continue
-                try:
-                    candidate = bench.make(cell)
-                except StmError:
-                    continue  # not possible, and said so by the accuracy pass
-                if not _timed(records, candidate, cell, batch):
-                    if exports is not None:
-                        exports.wait(records_label(cell))
-                    found = _time(workshop, bench, candidate, cell, batch)
-                    records.put({"kind": "latency", "latency": asdict(found)}, candidate.identity, *key)
+                if exports is not None:
+                    exports.wait(records_label(cell))
+                found = replace(_time(workshop, bench, candidate, cell, batch), engines=engines, date=time.strftime("%Y-%m-%d", time.gmtime()))
+                records.put({"kind": "latency", "latency": asdict(found)}, candidate.identity, *key)
             workshop.clear()
     return left
 

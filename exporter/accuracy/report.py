@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ def markdown(run: Run, plots: Sequence[str] = ()) -> str:
         "",
         f"Machine: {_machine_of(run)}.",
         "",
+        *_timed_with(run),
         *_unmerged_table(run),
     ]
     out += _overview(run)
@@ -117,6 +119,12 @@ def _machine_of(run: Run) -> str:
     from ..bench.results import BenchResult
 
     return _machine(BenchResult(run.head["environment"], {}))
+
+
+def _timed_with(run: Run) -> list[str]:
+    """On what the engines were timed, which need not be where accuracy was measured."""
+    where = Counter(", ".join(filter(None, (one.gpu, one.engines, one.date))) for one in run.latencies if one.median_ms is not None)
+    return [f"Engines timed: {'; '.join(f'{count} on {what}' for what, count in where.most_common())}.", ""] if where else []
 
 
 def _unmerged_table(run: Run) -> list[str]:

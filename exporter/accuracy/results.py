@@ -68,7 +68,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Latency:
-    """A method's engine, timed in the same rounds as the unmerged model's; `ratio` to it, under 1 is faster. `reason`: not measured."""
+    """A method's engine, timed in the same rounds as the unmerged model's; `ratio` to it, under 1 is faster. `reason`: not measured.
+    `engines`: what it was made of, "TensorRT 10.6.0, kernels 6"."""
 
     name: str
     budget: str
@@ -81,6 +82,8 @@ class Latency:
     gpu: str | None = None
     precision: str = ""
     reason: str = ""
+    engines: str = ""
+    date: str = ""
 
 
 @dataclass

@@ -110,8 +110,12 @@ def measure(
         check_writable(Path(output) / RUN_FILE)
     if build_jobs > 1 and latency is None:
         raise ConfigError(f"build jobs {build_jobs}: engines are built to be timed; add --latency, or leave --build-jobs out")
-    if latency_only and (latency is None or output is None or checkpoint is not None or isinstance(model, VisionMamba)):
-        raise ConfigError("latency only: name the model, give --latency and the -o of the table, and no weights (speed does not depend on them)")
+    if latency_only and latency is None:
+        raise ConfigError("latency only: of which methods? add --latency")
+    if latency_only and (output is None or not (Path(output) / RUN_FILE).is_file()):
+        raise ConfigError(f"latency only goes on with a table, and {output or 'no -o'} holds none: leave it out, or give that table's -o")
+    if latency_only and (checkpoint is not None or isinstance(model, VisionMamba)):
+        raise ConfigError("latency only takes no weights, speed does not depend on them: name the model, and leave the checkpoint out")
     names = parse_methods(methods, tuple(plans or {}))
     config = model.config if isinstance(model, VisionMamba) else model_config(model, num_classes=NUM_CLASSES)
     if config.num_classes != NUM_CLASSES:
@@ -155,9 +159,8 @@ def measure(
         "asked_variants": list(variants),
     }
     if latency_only:
-        if not (Path(str(output)) / RUN_FILE).is_file():
-            raise ConfigError(f"latency only goes on with a table, and {output} holds none: leave it out, or give that table's -o")
-        head = Records(Path(str(output))).head()
+        earlier = Records(Path(str(output)))
+        head = earlier.head()
         identity |= {key: head["identity"].get(key) for key in ("weights_sha256", "images", "device")}
         about = {
             **{key: value for key, value in head.items() if key not in ("schema", "kind", "identity")},
@@ -165,12 +168,20 @@ def measure(
             "budgets": about["budgets"],
         }
         variants = ()
+        impossible_before = {(one["name"], one["budget"]) for one in head.get("impossible", [])}
+        asked = [(cell.name, cell.budget.label) for cell in todo if cell.name in (latency or ())]
+        lost = [pair for pair in asked if pair not in impossible_before and not any(earlier.path(variant, *pair).exists() for variant in VARIANTS)]
+        if lost:
+            raise ConfigError(
+                f"latency only: {lost[0][0]} at {lost[0][1]} ({len(lost)} such) is not in the table of {output}; give "
+                "its budgets and --plan files, or measure its accuracy first"
+            )
     with contextlib.ExitStack() as stack:
         folder = Path(output) if output is not None else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stm-accuracy-")))
         records = Records(folder)
         mine: list[Key] = [(variant, cell.name, cell.budget.label) for variant in variants for cell in todo]
         mine += [("latency", cell.name, cell.budget.label, f"b{batch}") for cell in todo if cell.name in (latency or ()) for batch in latency_batches]
-        before_us = [key for one in records.left() if (key := tuple(one)) not in mine and not records.path(*key).exists()]
+        before_us = [key for one in records.left() if (key := tuple(one)) not in mine]
         # Noted first, so that a run that is killed does not pass for a whole one.
         lacking = [key for key in mine if not records.path(*key).exists()]
         about = records.begin(identity, {**about, "left": len(before_us) + len(lacking), "left_keys": [*before_us, *lacking]})
@@ -193,7 +204,7 @@ def measure(
 
                 left += time_engines(bench, records, timed, latency_batches, plugin_library, deadline, steps, exports)
         about["left"], about["left_keys"] = len(before_us) + len(left), [*before_us, *left]
-        tried = {(cell.name, cell.budget.label) for cell in todo}
+        tried = set() if latency_only else {(cell.name, cell.budget.label) for cell in todo}
         before = [one for one in about.get("impossible", []) if (one["name"], one["budget"]) not in tried]
         about["impossible"] = before + [{"name": name, "budget": budget, "reason": why} for (name, budget), why in impossible.items()]
         if not latency_only:

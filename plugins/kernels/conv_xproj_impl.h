@@ -22,6 +22,7 @@ cudaError_t conv_xproj_few(const ConvXProjParams& p, int cluster_log2, cudaStrea
 cudaError_t conv_xproj_split(const ConvXProjParams& p, ConvXProjShape shape, cudaStream_t stream);
 cudaError_t conv_xproj_many(const ConvXProjParams& p, cudaStream_t stream);
 bool conv_xproj_wide_supported(int32_t d_inner, int32_t row);
+bool conv_xproj_wide_paired(int32_t row);  // whether a multiprocessor of the current device holds two of its blocks
 cudaError_t conv_xproj_wide(const ConvXProjParams& p, cudaStream_t stream);
 bool conv_xproj_wgmma_supported(int32_t d_inner, int32_t row);  // asks the current device, too
 int32_t conv_xproj_wgmma_tokens(const ConvXProjParams& p);  // tokens of a multiprocessor at once

@@ -22,10 +22,12 @@ ConvXProjShape conv_xproj_shape(const ConvXProjParams& p) {
   if (2 * few_blocks <= processors && steps >= 2) return ConvXProjShape::kFewCluster2;
   if (2 * few_blocks <= 3 * processors) return ConvXProjShape::kFew;
   if (2 * spans <= processors) return ConvXProjShape::kSplit8;
+  const bool wide = conv_xproj_wide_supported(p.d_inner, p.row);
+  // On an H200 1.3 to 1.7 times as long as wide blocks, two a multiprocessor (32 images); untimed where one does not fit twice.
+  if (spans <= processors && !(wide && conv_xproj_wide_paired(p.row))) return ConvXProjShape::kSplit4;
   if (conv_xproj_wgmma_supported(p.d_inner, p.row) && conv_xproj_wgmma_tokens(p) >= kWgmmaTokens)
     return ConvXProjShape::kWgmma;
-  if (conv_xproj_wide_supported(p.d_inner, p.row)) return ConvXProjShape::kWide;
-  if (spans <= processors) return ConvXProjShape::kSplit4;  // 1.3 to 1.7 times as long as wide, where that is possible
+  if (wide) return ConvXProjShape::kWide;
   return spans <= 2 * processors ? ConvXProjShape::kSplit2 : ConvXProjShape::kMany;
 }
 

@@ -19,7 +19,7 @@ constexpr int kThreads = 32 * (kWarps + kBringers);
 constexpr int kRun = 16;              // tokens of a warp at most: its rows of the warpgroup's m64
 constexpr int kTokens = kWarps * kRun;
 constexpr int kRows = kTokens + 12;   // of x in a step: tokens, halo, three rows of zeros between images; a multiple of 4
-constexpr int kAheadRows = 4;         // a lane reads x so many rows before it needs them
+constexpr int kAheadRows = 4;         // a lane reads x so many rows before it needs them, and one more for a run of odd length
 
 template <typename T_, int kTiles_>
 struct WgmmaTraits {
@@ -31,7 +31,7 @@ struct WgmmaTraits {
   static constexpr int kWeights = 4 * kU;                  // after two steps of both
   static constexpr int kWeightSlot = 2 * kTiles * 8 * kLine;
   static constexpr int kX = kWeights + kWeightSlots * kWeightSlot;
-  static constexpr int kXSlot = (kRows + kAheadRows) * kLine;
+  static constexpr int kXSlot = (kRows + kAheadRows + 1) * kLine;
   static constexpr int kTaps = kX + kXSlots * kXSlot;      // and bias, of both directions
   static constexpr int kBias = 2 * kDepth * 16;            // after the taps
   static constexpr int kTapsSlot = kBias + 2 * kDepth * 4;

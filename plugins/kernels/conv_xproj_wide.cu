@@ -351,6 +351,14 @@ cudaError_t dispatch(const ConvXProjParams& p, cudaStream_t stream) {
 
 bool conv_xproj_wide_supported(int32_t d_inner, int32_t row) { return d_inner % kDepth == 0 && row <= 80; }
 
+bool conv_xproj_wide_paired(int32_t row) {
+  constexpr size_t kReserved = 1024;  // of a block, by the system
+  const size_t bytes = row <= 48   ? WideTraits<__half, 6>::kBytes
+                       : row <= 56 ? WideTraits<__half, 7>::kBytes
+                                   : WideTraits<__half, 10>::kBytes;
+  return 2 * (bytes + kReserved) <= shared_bytes_of_processor();
+}
+
 cudaError_t conv_xproj_wide(const ConvXProjParams& p, cudaStream_t stream) {
   switch (p.type) {
     case DataType::kFloat16: return dispatch<__half>(p, stream);

@@ -25,6 +25,14 @@ inline size_t shared_bytes_of_device() {
   return static_cast<size_t>(bytes);
 }
 
+// Shared memory of a multiprocessor, in bytes.
+inline size_t shared_bytes_of_processor() {
+  int device = 0, bytes = 228 * 1024;
+  if (cudaGetDevice(&device) == cudaSuccess)
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  return static_cast<size_t>(bytes);
+}
+
 // Dynamic shared memory beyond 48 KB must be asked for, once a kernel and device; never less than before, since another
 // thread may be about to launch with that.
 template <auto kKernel>

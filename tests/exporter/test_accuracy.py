@@ -556,15 +556,22 @@ def test_latency_alone_goes_on_with_a_table_and_needs_no_weights(tmp_path: Path,
     monkeypatch.setattr(
         latency_module, "_time", lambda shop, bench, candidate, cell, batch: Latency(cell.name, cell.budget.label, batch, 1.0, 0.0, 2.0)
     )
-    arguments = {**QUICK, "methods": ["stm", "stm-mean", "mtr"]}
-    alone = {**arguments, "latency": ["stm", "mtr"], "latency_batches": [2], "latency_only": True}
+    arguments = {**QUICK, "methods": ["stm", "stm-mean", "mtr", "smaller"]}
+    alone = {**arguments, "latency": ["stm", "mtr", "smaller"], "latency_batches": [2], "latency_only": True}
     with pytest.raises(ConfigError, match="holds none"):
         measure("vim-n", tmp_path / "new", **alone)
     model = VisionMamba(config, cls_only_last=False).eval()
     before = measure(model, tmp_path / "run", **arguments)
     head = json.loads((tmp_path / "run" / "run.json").read_text())
-    for changes in ({"latency": None}, {"checkpoint": "weights.safetensors"}):
-        with pytest.raises(ConfigError, match="latency only"):
+    assert [one["name"] for one in head["impossible"]] == ["smaller"]
+    wrong: dict[str, dict[str, Any]] = {
+        "of which methods": {"latency": None},
+        "takes no weights": {"checkpoint": "weights.safetensors"},
+        r"stm at TL 24 \(2 such\) is not in the table": {"token_layers": [24]},
+        r"utr at TL 20 \(2 such\) is not in the table": {"methods": ["stm", "utr"], "latency": ["utr"]},
+    }
+    for message, changes in wrong.items():
+        with pytest.raises(ConfigError, match=message):
             measure("vim-n", tmp_path / "run", **{**alone, **changes})
     monkeypatch.setattr(runner_module, "_record", lambda *_: pytest.fail("accuracy was measured"))
     run = measure("vim-n", tmp_path / "run", **alone)
@@ -575,6 +582,26 @@ def test_latency_alone_goes_on_with_a_table_and_needs_no_weights(tmp_path: Path,
     assert {key: after[key] for key in head if key not in ("budgets", "methods")} == {
         key: head[key] for key in head if key not in ("budgets", "methods")
     }
+
+
+def test_engines_of_other_kernels_are_timed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(
+        latency_module, "_time", lambda shop, bench, candidate, cell, batch: made.append(cell.name) or Latency(cell.name, "", batch, 1.0)
+    )
+    cell, records = Cell("stm", Budget(TOKEN_LAYERS, 4)), Records(tmp_path)
+    for engines, times in (("kernels 6", 1), ("kernels 6", 1), ("kernels 7", 2), ("", 2)):
+        monkeypatch.setattr(latency_module, "engines_here", lambda library, engines=engines: engines)
+        assert latency_module.time_engines(Bench(tiny()), records, [cell], (1,), None, None, Steps(1, False)) == []
+        assert len(made) == times
+    monkeypatch.setattr(latency_module, "engines_here", lambda library: "kernels 8")
+    late = time.monotonic() - 1
+    assert latency_module.time_engines(Bench(tiny()), records, [cell], (1, 2), None, late, Steps(1, False)) == [
+        ("latency", "stm", "TL 4", "b1"),
+        ("latency", "stm", "TL 4", "b2"),
+    ]
+    monkeypatch.setattr(latency_module, "engines_here", lambda library: "kernels 7")
+    assert latency_module.time_engines(Bench(tiny()), records, [cell], (1, 2), None, late, Steps(1, False)) == [("latency", "stm", "TL 4", "b2")]
 
 
 def test_engines_are_built_ahead_for_each_batch_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -659,6 +686,13 @@ def test_a_plot_has_no_panels_of_stm_alone(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(plots_module, "_save", note)
     plots_module._accuracy(run, tmp_path / "all.png", "GFLOPs", lambda row: 1.0)
     assert {title.rpartition(": ")[2] for title in titles} == {"methods", "rules and weights of stm"}
+    scales: list[str] = []
+    monkeypatch.setattr(plots_module, "_save", lambda figure, path: scales.extend(axes.get_xscale() for axes in figure.axes) or path)
+    for far, scale in ((3.0, "linear"), (10.0, "log")):
+        scales.clear()
+        plots_module._accuracy(run, tmp_path / "far.png", "ms", lambda row, far=far: far if row.name == "mtr" else 1.0)
+        assert set(scales) == {scale}
+    monkeypatch.setattr(plots_module, "_save", note)
     titles.clear()
     plots_module._accuracy(run, tmp_path / "some.png", "ms", lambda row: 1.0 if row.name in ("none", "stm", "mtr") else None)
     assert {title.rpartition(": ")[2] for title in titles} == {"methods"}

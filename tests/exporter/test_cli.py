@@ -16,8 +16,8 @@ from onnx import numpy_helper
 
 import exporter.onnx_export
 from exporter.cli import main, main_export
-from exporter.deploy import choose_plan
 from stm import VimConfig, VisionMamba, create_model, make_plan, model_config
+from stm.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("tiny_vim_t")
 RANDOM = ["--model", "vim-t", "--image-size", "64", "--weights", "random"]
@@ -138,9 +138,16 @@ def test_plan_aligned_to_pieces_of_tokens(tmp_path, capsys):
     assert "--align: --optimize chooses that itself" in capsys.readouterr().err
 
 
-def test_an_export_takes_the_aligned_plan():
-    plan = choose_plan("vim-t", 224, rate=0.2, align=8)
-    assert plan == make_plan(model_config("vim-t"), rate=0.2, align=8)
+def test_an_export_takes_the_aligned_plan(tmp_path, monkeypatch):
+    made = []
+
+    def stop(name, **options):
+        made.append(options["plan"])
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr("exporter.deploy.load_model", stop)
+    assert main(["export", "--model", "vim-t", "--weights", "random", "--rate", "0.2", "--align", "8", "-o", str(tmp_path / "x.onnx")]) == 2
+    assert made == [make_plan(model_config("vim-t"), rate=0.2, align=8)]
 
 
 def test_inspect(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

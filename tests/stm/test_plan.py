@@ -123,6 +123,9 @@ def test_alignment_of_rate_0_2_to_8_tokens_by_hand() -> None:
 def test_alignment_that_leaves_no_side_is_refused() -> None:
     with pytest.raises(PlanError, match="align 300: before layer 12 0 tokens would be left"):
         make_plan(VIM_T, rate=0.3, align=300)
+    with pytest.raises(PlanError, match="align 100: 20 of 197 tokens are to go, and what is left is nearer to 200"):
+        make_plan(VIM_T, rate=0.1, align=100)
+    assert aligned_schedule(VIM_T, {}, 8) == {}
     for wrong in (0, -8, 2.0):
         with pytest.raises(PlanError, match="it is a number of tokens, 1 or more"):
             make_plan(VIM_T, rate=0.2, align=wrong)  # type: ignore[arg-type]
