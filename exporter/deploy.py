@@ -69,8 +69,12 @@ def choose_plan(
     config = model_config(name, image_size)
     if rate is not None and plan is not None:
         raise stm.PlanError("give --rate or --plan, not both")
-    how: dict[str, Any] = {"weights": merge_weights or "hsp", "rule": rule or "edge", "proportional_decay": proportional_decay}
-    how["align"] = 1 if align is None else align
+    how: dict[str, Any] = {
+        "weights": merge_weights or "hsp",
+        "rule": rule or "edge",
+        "proportional_decay": proportional_decay,
+        "align": 1 if align is None else align,
+    }
     if isinstance(plan, str) and plan in stm.PRESETS:
         made = make_plan(config, preset=plan, **how)
     elif plan is not None:

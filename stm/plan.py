@@ -417,6 +417,20 @@ PRESETS = {
 _REFERENCE_SEQLEN = 197
 
 
+def _room(config: VimConfig, one_sided: bool) -> list[int]:
+    """Tokens that may go left and right of the class token: a side keeps one at least."""
+    return [max(0, config.cls_index - 1), 0 if one_sided else max(0, config.seqlen - 2 - config.cls_index)]
+
+
+def _take(room: list[int], count: int) -> tuple[int, int]:
+    """So many tokens from both sides alike, the odd one from the left; where a side has no more the other goes on. Takes them off `room`."""
+    left = min(room[0], (count + 1) // 2)
+    right = min(room[1], count - left)
+    left = min(room[0], count - right)
+    room[0], room[1] = room[0] - left, room[1] - right
+    return left, right
+
+
 def constant_schedule(config: VimConfig, k: int, removed: int, *, one_sided: bool = False) -> dict[int, tuple[int, int]]:
     """Remove k tokens a side before each layer from layer 1 until `removed` are gone.
 
@@ -427,9 +441,7 @@ def constant_schedule(config: VimConfig, k: int, removed: int, *, one_sided: boo
     """
     if not removed:
         return {}
-    room = [max(0, config.cls_index - 1), max(0, config.seqlen - 2 - config.cls_index)]
-    if one_sided:
-        room[1] = 0
+    room = _room(config, one_sided)
     if removed > sum(room):
         raise PlanError(
             f"{removed} of {config.seqlen} tokens cannot be removed: with one token kept a side{' (left side only)' if one_sided else ''} "
@@ -443,12 +455,8 @@ def constant_schedule(config: VimConfig, k: int, removed: int, *, one_sided: boo
     for layer in range(1, config.depth):
         if not removed:
             break
-        take = min(2 * k, removed)
-        left = min(room[0], take if one_sided else (take + 1) // 2)
-        right = min(room[1], take - left)
-        left = min(room[0], take - right)
-        schedule[layer] = (left, right)
-        room[0], room[1], removed = room[0] - left, room[1] - right, removed - left - right
+        schedule[layer] = _take(room, min(2 * k, removed))
+        removed -= sum(schedule[layer])
     if removed:
         raise PlanError(f"{removed} tokens more than {config.depth - 1} layers can merge at {k} a side; lower the rate")
     return schedule
@@ -481,8 +489,7 @@ def aligned_schedule(config: VimConfig, schedule: Schedule, multiple: int) -> di
     """
     if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
         raise PlanError(f"align is {multiple!r}; it is a number of tokens, 1 or more")
-    one_sided = not any(right for _, right in schedule.values())
-    room = [max(0, config.cls_index - 1), 0 if one_sided else max(0, config.seqlen - 2 - config.cls_index)]
+    room = _room(config, one_sided=not any(right for _, right in schedule.values()))
     wanted = left = config.seqlen
     aligned: dict[int, tuple[int, int]] = {}
     for layer in sorted(schedule):
@@ -494,11 +501,8 @@ def aligned_schedule(config: VimConfig, schedule: Schedule, multiple: int) -> di
             raise PlanError(
                 f"align {multiple}: before layer {layer} {left - take} tokens would be left, and both sides must keep one; take a smaller multiple"
             )
-        first = min(room[0], (take + 1) // 2 if not one_sided else take)
-        second = min(room[1], take - first)
-        first = take - second
-        aligned[layer] = (first, second)
-        room[0], room[1], left = room[0] - first, room[1] - second, left - take
+        aligned[layer] = _take(room, take)
+        left -= take
     if not aligned and wanted < config.seqlen:
         raise PlanError(
             f"align {multiple}: {config.seqlen - wanted} of {config.seqlen} tokens are to go, and what is left is nearer to "

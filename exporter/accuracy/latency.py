@@ -46,10 +46,11 @@ def engine_of(workshop: Workshop, bench: Bench, candidate: Candidate | None, lab
     Raises:
         StmError: it cannot be exported or built; says why.
     """
-    spec = spec_of(bench, candidate, label)
-    if candidate is not None and candidate.reduction is not None:
-        return reduced_engine(workshop, spec, candidate.reduction, batch)
-    return workshop.engine(spec, batch)
+    return _engine(workshop, spec_of(bench, candidate, label), candidate.reduction if candidate else None, batch)
+
+
+def _engine(workshop: Workshop, spec: Spec, reduction: Reduction | None, batch: int) -> EngineBackend:
+    return workshop.engine(spec, batch) if reduction is None else reduced_engine(workshop, spec, reduction, batch)
 
 
 def spec_of(bench: Bench, candidate: Candidate | None, label: str) -> Spec:
@@ -159,25 +160,22 @@ def export_ahead(
 
     Those have a timing cache of their own: what is measured on a GPU that others use stays out of the user's.
     """
-    from ..bench.workshop import Workshop, export_one
-
-    if not batches and described is None:
-        export_one(folder, spec)
-        return
     import torch
 
     from stm import model_config
 
+    from ..bench.workshop import Workshop
+
     torch.set_num_threads(2)
     workshop = Workshop("cuda", folder=folder, plugin_library=plugin_library, timing_cache=folder / f"ahead-{os.getpid()}.cache")
     if described is None:
-        for batch in batches:
-            workshop.engine(spec, batch)
-        return
-    reduction = from_description(described, model_config(spec.model, spec.image_size, spec.num_classes))
-    reduced_portable(workshop, spec, reduction)
+        reduction = None
+        workshop.portable(spec)
+    else:
+        reduction = from_description(described, model_config(spec.model, spec.image_size, spec.num_classes))
+        reduced_portable(workshop, spec, reduction)
     for batch in batches:
-        reduced_engine(workshop, spec, reduction, batch)
+        _engine(workshop, spec, reduction, batch)
 
 
 def engines_here(plugin_library: str | Path | None) -> str:

@@ -107,6 +107,7 @@ def _accuracy(run: Run, path: Path, label: str, place: Callable[[Row], float | N
     lowest = 100 * min((row.difference.low for row in run.rows if row.difference and place(row) is not None), default=0.0)
     highest = 100 * max((row.difference.high for row in run.rows if row.difference and place(row) is not None), default=0.0)
     ticks = [tick for tick in (-100, -50, -20, -10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5) if lowest * 1.2 <= tick <= max(0.5, highest)]
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
     costs = [x for row in run.rows if (x := place(row)) is not None]
     places = [digit * 10.0**power for power in range(-4, 6) for digit in (1, 2, 5)] if costs and max(costs) > 4 * min(costs) > 0 else []
     for line, (title, names) in zip(grid, groups, strict=True):
@@ -125,13 +126,13 @@ def _accuracy(run: Run, path: Path, label: str, place: Callable[[Row], float | N
                     drawn[name] = axes.errorbar([x for x, _ in points], y, yerr=errors, elinewidth=0.5, capsize=1.5, **styles[name])
             axes.set_yscale("symlog", linthresh=1, linscale=0.7)
             axes.set_yticks(ticks, minor=False)
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_major_formatter(plain)
             axes.yaxis.set_minor_locator(NullLocator())
             if places:
                 axes.set_xscale("log")
                 axes.xaxis.set_major_locator(FixedLocator(places))
                 axes.xaxis.set_minor_locator(NullLocator())
-                axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axes.xaxis.set_major_formatter(plain)
             axes.set_title(f"{variant} (unmerged {whole.top1.value:.2%}): {title}", fontsize=9)
             axes.grid(True, alpha=0.3)
             axes.tick_params(labelsize=8, labelbottom=True)

@@ -168,14 +168,7 @@ def measure(
             "budgets": about["budgets"],
         }
         variants = ()
-        impossible_before = {(one["name"], one["budget"]) for one in head.get("impossible", [])}
-        asked = [(cell.name, cell.budget.label) for cell in todo if cell.name in (latency or ())]
-        lost = [pair for pair in asked if pair not in impossible_before and not any(earlier.path(variant, *pair).exists() for variant in VARIANTS)]
-        if lost:
-            raise ConfigError(
-                f"latency only: {lost[0][0]} at {lost[0][1]} ({len(lost)} such) is not in the table of {output}; give "
-                "its budgets and --plan files, or measure its accuracy first"
-            )
+        _require_rows(earlier, [cell for cell in todo if cell.name in (latency or ())])
     with contextlib.ExitStack() as stack:
         folder = Path(output) if output is not None else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stm-accuracy-")))
         records = Records(folder)
@@ -214,6 +207,20 @@ def measure(
         if output is not None:
             result.write(folder)
     return result
+
+
+def _require_rows(table: Records, asked: Sequence[Cell]) -> None:
+    """Raises:
+    ConfigError: one of these is no row of the table, and not for being impossible.
+    """
+    known = {(one["name"], one["budget"]) for one in table.head().get("impossible", [])}
+    pairs = [(cell.name, cell.budget.label) for cell in asked]
+    lost = [pair for pair in pairs if pair not in known and not any(table.path(variant, *pair).exists() for variant in VARIANTS)]
+    if lost:
+        raise ConfigError(
+            f"latency only: {lost[0][0]} at {lost[0][1]} ({len(lost)} such) is not in the table of {table.folder}; give "
+            "its budgets and --plan files, or measure its accuracy first"
+        )
 
 
 def _load(model: str | VisionMamba, checkpoint: str | os.PathLike[str] | None, weights: str, seed: int) -> VisionMamba:

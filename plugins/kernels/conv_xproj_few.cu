@@ -225,22 +225,13 @@ cudaError_t launch(const ConvXProjParams& p, int cluster_log2, cudaStream_t stre
 
 template <typename T>
 cudaError_t dispatch(const ConvXProjParams& p, int cluster_log2, cudaStream_t stream) {
-  if (p.row <= 48) return launch<T, 6>(p, cluster_log2, stream);   // ViM-Ti
-  if (p.row <= 56) return launch<T, 7>(p, cluster_log2, stream);   // ViM-S
-  if (p.row <= 80) return launch<T, 10>(p, cluster_log2, stream);  // ViM-B
-  if (p.row <= 96) return launch<T, 12>(p, cluster_log2, stream);
-  return cudaErrorInvalidValue;
+  return with_tiles<12>(p.row, cudaErrorInvalidValue, [&](auto tiles) { return launch<T, tiles>(p, cluster_log2, stream); });
 }
 
 }  // namespace
 
 cudaError_t conv_xproj_few(const ConvXProjParams& p, int cluster_log2, cudaStream_t stream) {
-  switch (p.type) {
-    case DataType::kFloat16: return dispatch<__half>(p, cluster_log2, stream);
-    case DataType::kBFloat16: return dispatch<__nv_bfloat16>(p, cluster_log2, stream);
-    case DataType::kFloat32: break;
-  }
-  return cudaErrorInvalidValue;
+  return with_half_type(p.type, [&](auto zero) { return dispatch<decltype(zero)>(p, cluster_log2, stream); });
 }
 
 }  // namespace stm

@@ -1,5 +1,7 @@
 // conv_xproj_impl.h: the parts behind conv_xproj.h, one translation unit each. The caller has checked the extents.
 #pragma once
+#include <type_traits>
+
 #include "conv_xproj.h"
 
 namespace stm {
@@ -8,6 +10,18 @@ cudaError_t conv_xproj_simple(const ConvXProjParams& p, cudaStream_t stream);
 
 bool conv_xproj_tensor_core_supported(int32_t d_inner, int32_t row, DataType type);
 cudaError_t conv_xproj_tensor_core(const ConvXProjParams& p, cudaStream_t stream);
+
+// run(std::integral_constant<int, tiles>()) with the tiles of 8 outputs that hold a row of x_dbl: ViM-Ti, S, B and longer
+// ones; `beyond` where that is over kMost.
+template <int kMost, typename Result, typename Run>
+Result with_tiles(int32_t row, Result beyond, Run run) {
+  if (row <= 48) return run(std::integral_constant<int, 6>());
+  if (row <= 56) return run(std::integral_constant<int, 7>());
+  if (row <= 80) return run(std::integral_constant<int, 10>());
+  if constexpr (kMost >= 12)
+    if (row <= 96) return run(std::integral_constant<int, 12>());
+  return beyond;
+}
 
 // How the tensor-core tactic lays its work out. Tests and timings name a shape; otherwise tokens and the card choose.
 // kFew*: 16 tokens a block, or a cluster of 2, 4, 8 blocks (sm_90). kSplit*: 8, 4 or 2 warps share the channels of 48

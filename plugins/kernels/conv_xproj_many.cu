@@ -216,22 +216,13 @@ cudaError_t launch(const ConvXProjParams& p, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t dispatch(const ConvXProjParams& p, cudaStream_t stream) {
-  if (p.row <= 48) return launch<T, 6>(p, stream);   // ViM-Ti
-  if (p.row <= 56) return launch<T, 7>(p, stream);   // ViM-S
-  if (p.row <= 80) return launch<T, 10>(p, stream);  // ViM-B
-  if (p.row <= 96) return launch<T, 12>(p, stream);
-  return cudaErrorInvalidValue;
+  return with_tiles<12>(p.row, cudaErrorInvalidValue, [&](auto tiles) { return launch<T, tiles>(p, stream); });
 }
 
 }  // namespace
 
 cudaError_t conv_xproj_many(const ConvXProjParams& p, cudaStream_t stream) {
-  switch (p.type) {
-    case DataType::kFloat16: return dispatch<__half>(p, stream);
-    case DataType::kBFloat16: return dispatch<__nv_bfloat16>(p, stream);
-    case DataType::kFloat32: break;
-  }
-  return cudaErrorInvalidValue;
+  return with_half_type(p.type, [&](auto zero) { return dispatch<decltype(zero)>(p, stream); });
 }
 
 }  // namespace stm

@@ -308,22 +308,13 @@ cudaError_t launch(const ConvXProjParams& p, ConvXProjShape shape, cudaStream_t 
 
 template <typename T>
 cudaError_t dispatch(const ConvXProjParams& p, ConvXProjShape shape, cudaStream_t stream) {
-  if (p.row <= 48) return launch<T, 6>(p, shape, stream);   // ViM-Ti
-  if (p.row <= 56) return launch<T, 7>(p, shape, stream);   // ViM-S
-  if (p.row <= 80) return launch<T, 10>(p, shape, stream);  // ViM-B
-  if (p.row <= 96) return launch<T, 12>(p, shape, stream);
-  return cudaErrorInvalidValue;
+  return with_tiles<12>(p.row, cudaErrorInvalidValue, [&](auto tiles) { return launch<T, tiles>(p, shape, stream); });
 }
 
 }  // namespace
 
 cudaError_t conv_xproj_split(const ConvXProjParams& p, ConvXProjShape shape, cudaStream_t stream) {
-  switch (p.type) {
-    case DataType::kFloat16: return dispatch<__half>(p, shape, stream);
-    case DataType::kBFloat16: return dispatch<__nv_bfloat16>(p, shape, stream);
-    case DataType::kFloat32: break;
-  }
-  return cudaErrorInvalidValue;
+  return with_half_type(p.type, [&](auto zero) { return dispatch<decltype(zero)>(p, shape, stream); });
 }
 
 }  // namespace stm

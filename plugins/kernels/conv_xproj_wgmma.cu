@@ -91,6 +91,13 @@ STM_WGMMA(__nv_bfloat16, "bf16", 6, "48", STM_R24, "%24", "%25", "%26", STM_D24(
 STM_WGMMA(__nv_bfloat16, "bf16", 7, "56", STM_R28, "%28", "%29", "%30", STM_D28(d))
 STM_WGMMA(__nv_bfloat16, "bf16", 10, "80", STM_R40, "%40", "%41", "%42", STM_D40(d))
 #undef STM_WGMMA
+#undef STM_D40
+#undef STM_D28
+#undef STM_D24
+#undef STM_R40
+#undef STM_R28
+#undef STM_R24
+#undef STM_D4
 
 struct Taps {  // of a lane's two channels, forward and backward, halved for SiLU
   float4 forward0, forward1, backward0, backward1;
@@ -125,7 +132,7 @@ __device__ __forceinline__ void conv_tokens(Window& window, const unsigned char*
   for (int t = kFrom; t < kTo; t++) {
     if (t % 2 == 0 && t >= count) break;
     if (t + kNext < kRun + 2 * kHalo) window.packed[t + kNext] = *reinterpret_cast<const uint32_t*>(x + (t + kNext) * kLine);
-    v[t + 6] = Pair<T>::unpack(window.packed[t + 6]);
+    v[t + 2 * kHalo] = Pair<T>::unpack(window.packed[t + 2 * kHalo]);
     const float4 f0 = w.forward0, f1 = w.forward1, b0 = w.backward0, b1 = w.backward1;
     const float s0 =
         fmaf(f0.x, v[t].x, fmaf(f0.y, v[t + 1].x, fmaf(f0.z, v[t + 2].x, fmaf(f0.w, v[t + 3].x, w.forward_bias.x))));
@@ -172,9 +179,8 @@ struct Ring {
   }
 };
 
-// Grid: tiles of `tokens` tokens of the batch, in order; a warp takes a twelfth of them; four more bring x and
-// weights.
-// x lies in shared memory with three rows of zeros between images, so that a window never reaches into another image.
+// Grid: tiles of `tokens` tokens of the batch, in order; a warp takes a twelfth of them; four more bring x and weights. x lies
+// in shared memory with three rows of zeros between images, so that a window never reaches into another image.
 template <typename Traits>
 __device__ __forceinline__ void wgmma_tile(const ConvXProjParams& p, int tokens) {
   using T = typename Traits::T;
@@ -404,9 +410,7 @@ cudaError_t launch(const ConvXProjParams& p, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t dispatch(const ConvXProjParams& p, cudaStream_t stream) {
-  if (p.row <= 48) return launch<T, 6>(p, stream);  // ViM-Ti
-  if (p.row <= 56) return launch<T, 7>(p, stream);  // ViM-S
-  return launch<T, 10>(p, stream);                  // ViM-B
+  return with_tiles<10>(p.row, cudaErrorInvalidConfiguration, [&](auto tiles) { return launch<T, tiles>(p, stream); });
 }
 
 }  // namespace
@@ -415,9 +419,7 @@ int32_t conv_xproj_wgmma_tokens(const ConvXProjParams& p) { return tokens_of_til
 
 bool conv_xproj_wgmma_supported(int32_t d_inner, int32_t row) {
 #ifdef STM_SM90A
-  int device = 0, major = 0;
-  return d_inner % kDepth == 0 && row <= 80 && cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
+  return d_inner % kDepth == 0 && row <= 80 && device_attribute(cudaDevAttrComputeCapabilityMajor, 0) == 9;
 #else
   static_cast<void>(d_inner), static_cast<void>(row);
   return false;
@@ -426,12 +428,7 @@ bool conv_xproj_wgmma_supported(int32_t d_inner, int32_t row) {
 
 cudaError_t conv_xproj_wgmma(const ConvXProjParams& p, cudaStream_t stream) {
   if (!conv_xproj_wgmma_supported(p.d_inner, p.row)) return cudaErrorInvalidConfiguration;
-  switch (p.type) {
-    case DataType::kFloat16: return dispatch<__half>(p, stream);
-    case DataType::kBFloat16: return dispatch<__nv_bfloat16>(p, stream);
-    case DataType::kFloat32: break;
-  }
-  return cudaErrorInvalidValue;
+  return with_half_type(p.type, [&](auto zero) { return dispatch<decltype(zero)>(p, stream); });
 }
 
 }  // namespace stm

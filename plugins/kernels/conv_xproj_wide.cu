@@ -341,10 +341,8 @@ cudaError_t launch(const ConvXProjParams& p, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t dispatch(const ConvXProjParams& p, cudaStream_t stream) {
-  if (p.row <= 48) return launch<T, 6>(p, stream);   // ViM-Ti
-  if (p.row <= 56) return launch<T, 7>(p, stream);   // ViM-S
-  if (p.row <= 80) return launch<T, 10>(p, stream);  // ViM-B
-  return cudaErrorInvalidConfiguration;  // more would not fit into registers
+  // more than 10 would not fit into registers
+  return with_tiles<10>(p.row, cudaErrorInvalidConfiguration, [&](auto tiles) { return launch<T, tiles>(p, stream); });
 }
 
 }  // namespace
@@ -353,19 +351,12 @@ bool conv_xproj_wide_supported(int32_t d_inner, int32_t row) { return d_inner % 
 
 bool conv_xproj_wide_paired(int32_t row) {
   constexpr size_t kReserved = 1024;  // of a block, by the system
-  const size_t bytes = row <= 48   ? WideTraits<__half, 6>::kBytes
-                       : row <= 56 ? WideTraits<__half, 7>::kBytes
-                                   : WideTraits<__half, 10>::kBytes;
+  const size_t bytes = with_tiles<10>(row, SIZE_MAX / 4, [](auto tiles) { return WideTraits<__half, tiles>::kBytes; });
   return 2 * (bytes + kReserved) <= shared_bytes_of_processor();
 }
 
 cudaError_t conv_xproj_wide(const ConvXProjParams& p, cudaStream_t stream) {
-  switch (p.type) {
-    case DataType::kFloat16: return dispatch<__half>(p, stream);
-    case DataType::kBFloat16: return dispatch<__nv_bfloat16>(p, stream);
-    case DataType::kFloat32: break;
-  }
-  return cudaErrorInvalidValue;
+  return with_half_type(p.type, [&](auto zero) { return dispatch<decltype(zero)>(p, stream); });
 }
 
 }  // namespace stm

@@ -82,6 +82,17 @@ __device__ __forceinline__ void store4<float>(float* p, float4 v) {
   *reinterpret_cast<float4*>(p) = v;
 }
 
+// run(T()) for the type of 16 bits; the kernels that call it have no other.
+template <typename Run>
+cudaError_t with_half_type(DataType type, Run run) {
+  switch (type) {
+    case DataType::kFloat16: return run(__half());
+    case DataType::kBFloat16: return run(__nv_bfloat16());
+    case DataType::kFloat32: break;
+  }
+  return cudaErrorInvalidValue;
+}
+
 // ---- fast functions ---------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float ex2(float x) {

@@ -9,28 +9,24 @@
 
 namespace stm {
 
-// Multiprocessors of the current device; an H100's where it cannot be asked.
-inline int processors_of_device() {
-  int device = 0, processors = 132;
-  if (cudaGetDevice(&device) == cudaSuccess)
-    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  return processors;
+// Of the current device; `otherwise` where it cannot be asked.
+inline int device_attribute(cudaDeviceAttr what, int otherwise) {
+  int device = 0, value = otherwise;
+  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&value, what, device);
+  return value;
 }
+
+// Multiprocessors of the current device; an H100's where it cannot be asked. So are the others.
+inline int processors_of_device() { return device_attribute(cudaDevAttrMultiProcessorCount, 132); }
 
 // Shared memory that a block may ask for, in bytes.
 inline size_t shared_bytes_of_device() {
-  int device = 0, bytes = 227 * 1024;
-  if (cudaGetDevice(&device) == cudaSuccess)
-    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return static_cast<size_t>(bytes);
+  return static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, 227 * 1024));
 }
 
 // Shared memory of a multiprocessor, in bytes.
 inline size_t shared_bytes_of_processor() {
-  int device = 0, bytes = 228 * 1024;
-  if (cudaGetDevice(&device) == cudaSuccess)
-    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  return static_cast<size_t>(bytes);
+  return static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, 228 * 1024));
 }
 
 // Dynamic shared memory beyond 48 KB must be asked for, once a kernel and device; never less than before, since another

@@ -566,12 +566,7 @@ bool mamba_scan_segments_supported(int32_t seqlen, int32_t d_inner, int32_t d_st
 }
 
 cudaError_t mamba_scan_segments(const MambaScanParams& p, int32_t processors, cudaStream_t stream) {
-  switch (p.type) {
-    case DataType::kFloat16: return dispatch<__half>(p, processors, stream);
-    case DataType::kBFloat16: return dispatch<__nv_bfloat16>(p, processors, stream);
-    case DataType::kFloat32: break;
-  }
-  return cudaErrorInvalidValue;
+  return with_half_type(p.type, [&](auto zero) { return dispatch<decltype(zero)>(p, processors, stream); });
 }
 
 }  // namespace stm

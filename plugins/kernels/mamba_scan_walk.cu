@@ -719,12 +719,7 @@ cudaError_t mamba_scan_walk(const MambaScanParams& p, int32_t processors, bool t
     const WalkPlan two = plan_two_passes(p, processors);
     if (two.count > 1) plan = two;  // else the batch alone is more than the workspace was made for
   }
-  switch (p.type) {
-    case DataType::kFloat16: return dispatch<__half>(p, plan, stream);
-    case DataType::kBFloat16: return dispatch<__nv_bfloat16>(p, plan, stream);
-    case DataType::kFloat32: break;
-  }
-  return cudaErrorInvalidValue;
+  return with_half_type(p.type, [&](auto zero) { return dispatch<decltype(zero)>(p, plan, stream); });
 }
 
 }  // namespace stm
