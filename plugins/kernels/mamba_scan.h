@@ -27,7 +27,11 @@ struct MambaScanParams {  // contiguous; extents in elements
   void* y;                    // (batch, seqlen or 1, d_inner), T
   float* merge_weights;       // (batch, nb_pairs), or null
   void* workspace;            // mamba_scan_workspace_bytes
+  void* merge_scratch;        // kMergeScratchBytes of this caller alone, zero before its first call; or null, which makes merge
+                              // weights slower: blocks that share the weights of a few pairs meet there
 };
+constexpr int32_t kMergeBlocks = 1024;  // that can meet: a ticket and the sums of eight pairs for each
+constexpr size_t kMergeScratchBytes = kMergeBlocks * (sizeof(int32_t) + 8 * 2 * sizeof(float));
 
 // Stored in engines: never renumber; zero is reserved by TensorRT.
 // kSimple: every type and extent. kWalkMma, for large batches: fp16, bf16; d_state 16, d_inner a multiple of 16 (of 32 for

@@ -171,14 +171,15 @@ __device__ __forceinline__ void walk_chunk(const typename WarpShared<Traits>::Ch
 // tile of channels and as the lanes hold it; the sum of s delta, by direction, image, piece and channel.
 struct Pieces {
   int count, chunks;  // chunks (of 8 tokens) of a piece; one piece: no first pass
-  int weights_at;     // the first of the blocks that compute merge weights
+  int walks;          // blocks that walk; those of the merge weights follow
+  int slices;         // of each group of merge weights
   float* ends;
   float* sums;
 };
 
-// Grid: images x pieces x tiles of channels, the tile fastest; merge weights, if any, before or after. Until the warps meet in the
-// middle of the piece each leaves its sums (rounded to T) in y; from there on each adds the other's and gates. With
-// cls_index both stop at that token and meet in shared memory; only its piece is walked.
+// Grid: images x pieces x tiles of channels, the tile fastest; then merge weights, if any, which fill the gaps of the last
+// round. Until the warps meet in the middle of the piece each leaves its sums (rounded to T) in y; from there on each adds
+// the other's and gates. With cls_index both stop at that token and meet in shared memory; only its piece is walked.
 // kEndOnly: block `piece` walks piece forward and count - 1 - piece backward; those at the end are not needed.
 // Hazard: u delta and h pass through fp16, so |h| must stay below 65,504.
 template <typename Traits>
@@ -193,17 +194,17 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
   __shared__ __align__(16) WarpShared<Traits> warp_shared[2];
   __shared__ Floats meet[2][8];
 
-  int block = blockIdx.x;
+  const int block = blockIdx.x;
   if constexpr (!Traits::kEndOnly) {
-    const int groups = merge_groups(p), weight = block - pieces.weights_at, weights = groups * p.batch;
-    if (0 <= weight && weight < weights) {
+    if (block >= pieces.walks) {
       using Shared = MergeWeightShared<Traits::kThreads>;
       static_assert(sizeof(Shared) <= sizeof(warp_shared));
-      merge_weights_of_group<T, Traits::kThreads, true>(p, weight % groups, weight / groups,
-                                                        *reinterpret_cast<Shared*>(warp_shared));
+      const int which = block - pieces.walks, groups = merge_groups(p), group = which / pieces.slices;  // of all images
+      merge_weights_of_group<T, Traits::kThreads, true>(p, group % groups, group / groups,
+                                                        *reinterpret_cast<Shared*>(warp_shared),
+                                                        merge_slice(p, which, pieces.slices));
       return;
     }
-    if (weight >= weights) block -= weights;
   }
   // opaque to the compiler, which otherwise computes them anew in the loop
   int dir = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -637,6 +638,26 @@ WalkPlan plan_two_passes(const MambaScanParams& p, int processors) {
   return best;
 }
 
+// Blocks of each of `groups` groups of merge weights, beside `walks` blocks that walk, of which `slots` are resident.
+// One round: what is left when the walks end should be short, but not more blocks than two a multiprocessor, each of which
+// costs its start. More rounds: they take turns in the slots that the last one leaves free; a block takes about 5 us and
+// 1.4 us for each of its turns of channels, beside walks.
+int merge_slices(int d_inner, int64_t groups, int64_t walks, int64_t slots, int processors) {
+  constexpr int kTurn = 2 * 32;  // channels that a block's two warps take at a time
+  const int turns = (d_inner + kTurn - 1) / kTurn;
+  const int most = static_cast<int>(std::min<int64_t>(turns, kMergeBlocks / groups));
+  if (most <= 1) return 1;
+  if (walks <= slots) return std::min(most, std::max((turns + 7) / 8, static_cast<int>(2 * processors / groups)));
+  const int64_t gap = slots - walks % slots;
+  int best = 1;
+  double least = DBL_MAX;
+  for (int count = 1; count <= most; count++) {
+    const double us = static_cast<double>((groups * count + gap - 1) / gap) * (5. + 1.4 * ((turns + count - 1) / count));
+    if (us < least) least = us, best = count;
+  }
+  return best;
+}
+
 // Started early, the blocks of a grid that does not fill the card pile up on the multiprocessors that the kernel before
 // has left, and the fullest one is the last to end. Not where the fullest is full anyway: of the blocks that walk; those
 // of the merge weights are short.
@@ -656,7 +677,7 @@ template <typename T, int kSteps>
 cudaError_t launch(const MambaScanParams& p, const WalkPlan& plan, cudaStream_t stream) {
   if (p.row > WalkTraits<T, kSteps, 1, false>::kMaxRow) return cudaErrorInvalidValue;
   const int64_t tiles = static_cast<int64_t>(p.batch) * (p.d_inner / (16 * plan.tiles));
-  Pieces pieces = {plan.count, plan.chunks, 0, nullptr, nullptr};
+  Pieces pieces = {plan.count, plan.chunks, 0, 1, nullptr, nullptr};
   int64_t blocks = tiles * plan.count;
   if (plan.count > 1) {
     if (!p.workspace) return cudaErrorInvalidValue;
@@ -670,10 +691,15 @@ cudaError_t launch(const MambaScanParams& p, const WalkPlan& plan, cudaStream_t 
     const cudaError_t status = launch_walk<WalkTraits<T, kSteps, 1, true>>(ends, 0, stream, p, pieces);
     if (status != cudaSuccess) return status;
   }
-  const int64_t weights = static_cast<int64_t>(p.batch) * merge_groups(p);
-  // Beyond one round of resident blocks the short ones fit into the gaps of the last; else they had better start at once.
-  if (blocks > int64_t{plan.tiles == 2 ? kWide.resident : kNarrow.resident} * processors_of_device())
-    pieces.weights_at = static_cast<int>(std::min<int64_t>(blocks, INT_MAX));
+  if (blocks > INT_MAX) return cudaErrorInvalidValue;
+  pieces.walks = static_cast<int>(blocks);
+  const int64_t groups = static_cast<int64_t>(p.batch) * merge_groups(p);
+  if (p.merge_scratch && groups > 0) {
+    const int processors = processors_of_device();
+    const int64_t slots = int64_t{plan.tiles == 2 ? kWide.resident : kNarrow.resident} * processors;
+    pieces.slices = merge_slices(p.d_inner, groups, blocks, slots, processors);
+  }
+  const int64_t weights = groups * pieces.slices;
   return plan.tiles == 2 ? launch_walk<WalkTraits<T, kSteps, 2, false>>(blocks, weights, stream, p, pieces)
                          : launch_walk<WalkTraits<T, kSteps, 1, false>>(blocks, weights, stream, p, pieces);
 }

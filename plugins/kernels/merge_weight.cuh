@@ -2,6 +2,7 @@
 // weights a block, so that they can ride in the grid of a scan instead of taking a launch of their own.
 #pragma once
 #include <cmath>
+#include <type_traits>
 
 #include "device.cuh"
 #include "dt_proj.cuh"
@@ -17,11 +18,40 @@ __host__ __device__ inline int merge_group_size(int nb_pairs) {
   const int half = (nb_pairs + 1) / 2;
   return half < kMergeGroup ? half : kMergeGroup;
 }
-// Blocks an image; 0 if there are no weights to compute.
+// Groups an image; 0 if there are no weights to compute.
+__host__ __device__ inline int merge_groups_of(int nb_pairs) {
+  if (nb_pairs == 0) return 0;
+  const int size = merge_group_size(nb_pairs);
+  return (nb_pairs + size - 1) / size;
+}
 __host__ __device__ inline int merge_groups(const MambaScanParams& p) {
-  if (p.weight_mode == WeightMode::kNone || p.nb_pairs == 0) return 0;
-  const int size = merge_group_size(p.nb_pairs);
-  return (p.nb_pairs + size - 1) / size;
+  return p.weight_mode == WeightMode::kNone ? 0 : merge_groups_of(p.nb_pairs);
+}
+
+// A group's channels may be dealt to several blocks, so that none takes longer than what runs beside it. Each leaves its
+// sums (of a pair: the weight's numerator and denominator), and the last one to arrive adds them up, in the order of slices.
+struct MergeSlice {
+  int index, count;
+  float2* sums;    // of all slices of the group, (count, kMergeGroup); null if there is one
+  int32_t* ticket; // of the group: slices that have arrived; zero before and after
+};
+struct MergeWhole {  // no slices, and no registers for them
+  static constexpr int index = 0, count = 1;
+  static constexpr float2* sums = nullptr;
+};
+static_assert(kMergeScratchBytes == kMergeBlocks * (sizeof(int32_t) + kMergeGroup * sizeof(float2)));
+// Slice `which` of p.batch x merge_groups groups of `count` slices.
+__device__ __forceinline__ MergeSlice merge_slice(const MambaScanParams& p, int which, int count) {
+  const int group = which / count;
+  if (count == 1) return {0, 1, nullptr, nullptr};
+  const auto tickets = static_cast<int32_t*>(p.merge_scratch);
+  const auto sums = reinterpret_cast<float2*>(tickets + kMergeBlocks);
+  return {which - group * count, count, sums + group * count * kMergeGroup, tickets + group};
+}
+
+__device__ __forceinline__ float merge_weight_of(WeightMode mode, float sum, float whole) {
+  if (mode != WeightMode::kHsp || isnan(sum)) return sum / whole;
+  return fminf(fmaxf(sum / (whole + 1e-12f), 0.f), 1.f);
 }
 
 // Of a block of kThreads.
@@ -217,9 +247,8 @@ __device__ __noinline__ void merge_weights_general(const MambaScanParams& p, int
           total += shared.partial[tid][w];
           whole += shared.partial[kMergeGroup][w];
         }
-        weights[begin + tid] = p.weight_mode == WeightMode::kHsp
-                                   ? fminf(fmaxf(total / (whole + 1e-12f), 0.f), 1.f)
-                                   : total / (static_cast<float>(E) * static_cast<float>(N));
+        if (p.weight_mode != WeightMode::kHsp) whole = static_cast<float>(E) * static_cast<float>(N);
+        weights[begin + tid] = merge_weight_of(p.weight_mode, total, whole);
       }
     }
     begin += pairs;
@@ -239,7 +268,7 @@ __device__ __forceinline__ float softplus_close(float x) {
 }
 
 // HSP and decay of 16 states, T of 16 bits, dt_rank a multiple of 4 and at most 64: the run of pairs that begins at pair
-// `begin` of the group. Returns where the next begins, 0 if there is none, -1 if this one is too long (and not done).
+// `begin` of the group, of the slice's channels. Returns where the next begins, 0 if there is none, -1 if this one is too long (and not done).
 // The weight separates:
 //   sum over channels e and states n of exp(A sigma) delta_s B_s delta_t B_t
 //     = sum_n B_s[n] B_t[n] sum_e (delta_s delta_t)[e] exp(A[e,n] sigma[e]),
@@ -248,12 +277,13 @@ __device__ __forceinline__ float softplus_close(float x) {
 // (g, q) = (lane / 4, lane % 4) uses those of tile q / 2: channels 16 (q / 2) + g and + 8, tokens 2 (q % 2) and the
 // next. Then it takes states 4q..4q+3 of channels g, g + 8, g + 16, g + 24; what it needs of these goes through shared
 // memory. All sums are taken in a fixed order.
-template <typename T, int kThreads>
-__device__ __noinline__ int merge_weights_of_run(const MambaScanParams& p, int group, int b, int begin,
+template <typename T, int kThreads, typename Slice>
+__device__ __noinline__ int merge_weights_of_run(const MambaScanParams& p, int group, int b, int begin, Slice slice,
                                                  typename MergeWeightShared<kThreads>::Sixteen& shared) {
   using Shared = typename MergeWeightShared<kThreads>::Sixteen;
   constexpr int kWarps = kThreads / 32, kTokens = 4, kChannels = 32, kLine = 128;
-  constexpr int kAhead = 4;  // rounds of channels on their way to L1
+  constexpr bool kAhead = kWarps <= 2;  // few warps have many channels each, and registers for the next ones' weights
+  constexpr int kRounds = 4;  // of channels on their way to L1
   constexpr unsigned kAll = ~0u;
   const int tid = threadIdx.x, lane = tid % 32, g = lane >> 2, q = lane & 3;
   const int warp = __shfl_sync(kAll, tid / 32, 0);  // uniform, for the compiler too
@@ -274,11 +304,16 @@ __device__ __noinline__ int merge_weights_of_run(const MambaScanParams& p, int g
   const bool forward = before >> begin & 1;
   const bool other = broken || target != to || (source < target) != forward;  // lanes from count on are broken
   const int end = __ffs(static_cast<int>(__ballot_sync(kAll, lane >= begin && other))) - 1, pairs = end - begin;
-  auto weight_of = [&](int pair) { return p.merge_weights + static_cast<int64_t>(b) * p.nb_pairs + first + pair; };
+  auto write = [&](int pair, float sum, float whole) {
+    if (slice.sums)
+      slice.sums[slice.index * kMergeGroup + pair] = make_float2(sum, whole);
+    else
+      p.merge_weights[static_cast<int64_t>(b) * p.nb_pairs + first + pair] = merge_weight_of(p.weight_mode, sum, whole);
+  };
   if (pairs == 0) {  // a broken plan shows as NaN, not as a wild read
     wait_for_previous();
     let_next_start();
-    if (tid == 0) *weight_of(begin) = nanf("");
+    if (tid == 0) write(begin, nanf(""), 1.f);
     return begin + 1 < count ? begin + 1 : 0;
   }
   const int distance = lane >= begin && lane < end ? abs(source - to) : -kTokens;
@@ -296,12 +331,42 @@ __device__ __noinline__ int merge_weights_of_run(const MambaScanParams& p, int g
     const int e = unit * kChannels, channels = min(kChannels, E - e);
     if (kLine * lane < 64 * channels)
       asm volatile("prefetch.global.L1 [%0];" ::"l"(reinterpret_cast<const char*>(A) + 64 * e + kLine * lane));
+    if (kAhead) return;
     if (kLine * lane < weight_row * channels)
       asm volatile("prefetch.global.L1 [%0];" ::"l"(dt_weight + e * weight_row + kLine * lane));
     if (lane == 0) asm volatile("prefetch.global.L1 [%0];" ::"l"(dt_bias + e));
   };
+  auto load_dt = [&](int e0, int k0, uint4 (&weight)[2][2]) {  // two steps of 16 columns
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const char* low = dt_weight + min(e0 + 16 * i, E - 1) * weight_row + 32 * k0 + 8 * q;
+      const char* high = dt_weight + min(e0 + 16 * i + 8, E - 1) * weight_row + 32 * k0 + 8 * q;
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        uint2 r0 = make_uint2(0, 0), r1 = r0;  // beyond dt_rank the rows hold B: weight zero
+        if (16 * (k0 + k) + 4 * q < R) {
+          r0 = *reinterpret_cast<const uint2*>(low + 32 * k);
+          r1 = *reinterpret_cast<const uint2*>(high + 32 * k);
+        }
+        weight[i][k] = make_uint4(r0.x, r1.x, r0.y, r1.y);
+      }
+    }
+  };
+  auto load_bias = [&](int e0, int r) {
+    const int e = e0 + 16 * (q >> 1) + 8 * r;
+    return e < E ? dt_bias[e] : -1e30f;  // no such channel: delta is zero
+  };
+  uint4 weight_ahead[2][2][2];
+  float bias_ahead[2];
+  auto load_ahead = [&](int e0) {
+    load_dt(e0, 0, weight_ahead[0]);
+    if (R > 32) load_dt(e0, 2, weight_ahead[1]);
+    bias_ahead[0] = load_bias(e0, 0), bias_ahead[1] = load_bias(e0, 1);
+  };
+  const int first_unit = slice.index * kWarps + warp, unit_step = slice.count * kWarps;
 #pragma unroll 1
-  for (int unit = warp; unit < min(units, warp + kAhead * kWarps); unit += kWarps) prefetch(unit);
+  for (int unit = first_unit; unit < min(units, first_unit + kRounds * unit_step); unit += unit_step) prefetch(unit);
+  if (kAhead && first_unit < units) load_ahead(first_unit * kChannels + g);
   wait_for_previous();
   let_next_start();
 
@@ -334,53 +399,51 @@ __device__ __noinline__ int merge_weights_of_run(const MambaScanParams& p, int g
   float4* mine = &shared.decayed[warp][(16 * (q >> 1) + g) * Shared::kChannel + (q & 1)];
   const float2* theirs = reinterpret_cast<const float2*>(&shared.decayed[warp][g * Shared::kChannel]);
 #pragma unroll 1
-  for (int unit = warp; unit < units; unit += kWarps) {
+  for (int unit = first_unit; unit < units; unit += unit_step) {
     int e0 = unit * kChannels + g;
-    if (unit + kAhead * kWarps < units) prefetch(unit + kAhead * kWarps);
+    if (unit + kRounds * unit_step < units) prefetch(unit + kRounds * unit_step);
+    float4 a_ahead[4];
+    auto load_A = [&](float4 (&a)[4]) {
+#pragma unroll
+      for (int c = 0; c < 4; c++) a[c] = load4(A + min(e0 + 8 * c, E - 1) * 16 + 4 * q);
+    };
+    if (kAhead) load_A(a_ahead);
     float sigma[2] = {0.f, 0.f}, delta_target[2] = {0.f, 0.f};  // sigma: log2(e) sum of s delta before these tokens
 #pragma unroll 1
     for (int d0 = 0; d0 < tokens; d0 += kTokens) {
-      asm volatile("" : "+r"(e0));  // else the addresses of all channels stay in registers
       const unsigned here = __ballot_sync(kAll, distance >= d0 && distance < d0 + kTokens) >> begin;
       // ---- delta
       const char* dt = &shared.rows[d0 + (g & 3)][8 * q];
+      if (!kAhead) asm volatile("" : "+r"(e0));  // else the addresses of all channels stay in registers
       float x[2][4];
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        const int e = e0 + 16 * (q >> 1) + 8 * r;
-        const float bias = e < E ? dt_bias[e] : -1e30f;  // no such channel: delta is zero
+        const float bias = kAhead ? bias_ahead[r] : load_bias(e0, r);
         x[0][2 * r] = x[0][2 * r + 1] = x[1][2 * r] = x[1][2 * r + 1] = bias;
       }
 #pragma unroll
       for (int k0 = 0; k0 < 4; k0 += 2) {
         if (16 * k0 >= R) break;
         uint4 weight[2][2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          const char* low = dt_weight + min(e0 + 16 * i, E - 1) * weight_row + 32 * k0 + 8 * q;
-          const char* high = dt_weight + min(e0 + 16 * i + 8, E - 1) * weight_row + 32 * k0 + 8 * q;
-#pragma unroll
-          for (int k = 0; k < 2; k++) {
-            uint2 r0 = make_uint2(0, 0), r1 = r0;  // beyond dt_rank the rows hold B: weight zero
-            if (16 * (k0 + k) + 4 * q < R) {
-              r0 = *reinterpret_cast<const uint2*>(low + 32 * k);
-              r1 = *reinterpret_cast<const uint2*>(high + 32 * k);
-            }
-            weight[i][k] = make_uint4(r0.x, r1.x, r0.y, r1.y);
-          }
-        }
+        if (!kAhead) load_dt(e0, k0, weight);
 #pragma unroll
         for (int k = 0; k < 2; k++) {
           if (16 * (k0 + k) >= R) break;
           const uint2 token = *reinterpret_cast<const uint2*>(dt + 32 * (k0 + k));
-          mma_k16<T>(x[0], weight[0][k], token);
-          mma_k16<T>(x[1], weight[1][k], token);
+#pragma unroll
+          for (int i = 0; i < 2; i++) mma_k16<T>(x[i], kAhead ? weight_ahead[k0 / 2][i][k] : weight[i][k], token);
         }
-        asm volatile("" : "+r"(e0) : "f"(x[0][0]), "f"(x[1][0]));  // what follows is loaded into the same registers
+        // what follows is loaded into the same registers
+        if (!kAhead) asm volatile("" : "+r"(e0) : "f"(x[0][0]), "f"(x[1][0]));
       }
       float4 a[4];
+      if (kAhead) {
 #pragma unroll
-      for (int c = 0; c < 4; c++) a[c] = load4(A + min(e0 + 8 * c, E - 1) * 16 + 4 * q);
+        for (int c = 0; c < 4; c++) a[c] = a_ahead[c];
+        if (d0 + kTokens >= tokens && unit + unit_step < units) load_ahead(e0 + unit_step * kChannels);
+      } else {
+        load_A(a);
+      }
       float delta[2][2];  // [channel + 8 r][token]
 #pragma unroll
       for (int r = 0; r < 4; r++) delta[r >> 1][r & 1] = softplus_close(q & 2 ? x[1][r] : x[0][r]);
@@ -451,29 +514,52 @@ __device__ __noinline__ int merge_weights_of_run(const MambaScanParams& p, int g
       const float4 B = unpack4<T>(shared.B[kMergeGroup][k]);
       norm = fmaf(B.x, B.x, fmaf(B.y, B.y, fmaf(B.z, B.z, fmaf(B.w, B.w, norm))));
     }
-    *weight_of(begin + tid) =
-        decay ? total / (static_cast<float>(E) * 16.f) : fminf(fmaxf(total / fmaf(whole, norm, 1e-12f), 0.f), 1.f);
+    write(begin + tid, total, !decay ? whole * norm : slice.index == 0 ? static_cast<float>(E) * 16.f : 0.f);
   }
   __syncthreads();  // shared is free again
   return end < count ? end : 0;
 }
 
-// The weights of a group in image b, by a whole block of kThreads. Waits for the kernel before, after it has asked for
-// constants. kSixteen: d_state is 16.
-template <typename T, int kThreads, bool kSixteen>
+// Adds up a group's slices, if this is the last one to arrive. By the warp that has written this one's sums.
+__device__ __forceinline__ void merge_weights_of_slices(const MambaScanParams& p, int group, int b, MergeSlice slice) {
+  const int lane = threadIdx.x, size = merge_group_size(p.nb_pairs), pair = group * size + lane;
+  int before = 0;
+  __threadfence();
+  __syncwarp();
+  if (lane == 0) before = atomicAdd(slice.ticket, 1);
+  if (__shfl_sync(~0u, before, 0) != slice.count - 1) return;
+  __threadfence();
+  if (lane == 0) *slice.ticket = 0;  // for the next call
+  if (lane >= size || pair >= p.nb_pairs) return;
+  float sum = 0.f, whole = 0.f;
+  for (int i = 0; i < slice.count; i++) {
+    const float2 v = __ldcg(slice.sums + i * kMergeGroup + lane);
+    sum += v.x, whole += v.y;
+  }
+  p.merge_weights[static_cast<int64_t>(b) * p.nb_pairs + pair] = merge_weight_of(p.weight_mode, sum, whole);
+}
+
+// The weights of a group in image b, or a slice's part in them, by a whole block of kThreads. Waits for the kernel before,
+// after it has asked for constants. kSixteen: d_state is 16.
+template <typename T, int kThreads, bool kSixteen, typename Slice = MergeWhole>
 __device__ __forceinline__ void merge_weights_of_group(const MambaScanParams& p, int group, int b,
-                                                       MergeWeightShared<kThreads>& shared) {
+                                                       MergeWeightShared<kThreads>& shared, Slice slice = {}) {
   if constexpr (sizeof(T) == 2) {
     if (p.weight_mode != WeightMode::kHspLiteral && (kSixteen || p.d_state == 16) && p.dt_rank % 4 == 0 &&
         p.dt_rank <= 64) {
       int begin = 0;
       do
-        begin = merge_weights_of_run<T, kThreads>(p, group, b, begin, shared.sixteen);
+        begin = merge_weights_of_run<T, kThreads>(p, group, b, begin, slice, shared.sixteen);
       while (begin > 0);
-      if (begin == 0) return;
+      if (begin == 0) {
+        if constexpr (std::is_same_v<Slice, MergeSlice>) {
+          if (slice.sums && threadIdx.x < 32) merge_weights_of_slices(p, group, b, slice);
+        }
+        return;
+      }
     }
   }
-  merge_weights_general<T, kThreads, kSixteen>(p, group, b, shared.general);
+  if (slice.index == 0) merge_weights_general<T, kThreads, kSixteen>(p, group, b, shared.general);
 }
 
 }  // namespace stm

@@ -10,6 +10,7 @@
 //   tactics(values, bindings, type, out, capacity) -> n  tactics for these extents, safest first; 0: the op has none
 //   kHasTactics, knows_tactic(tactic) -> bool
 //   workspace_bytes(values, bindings, type) -> size_t    of the largest extents
+//   scratch_bytes(values) -> size_t                      of device memory that a context keeps for the node; see OpDefaults
 //   enqueue(values, call) -> cudaError_t                 translate and launch
 //
 // Virtuals are the same in TensorRT 10.6 and 11.x, so one source serves both.
@@ -30,6 +31,7 @@ struct Call {
   const void* const* inputs;
   void* const* outputs;
   void* workspace;
+  void* scratch;  // null where there is none
   int32_t tactic;
   DataType type;  // T
   cudaStream_t stream;
@@ -49,6 +51,36 @@ struct OpDefaults {
   static const nvinfer1::IDimensionExpr* derived(const AttributeValues&, const nvinfer1::DimsExprs*, nvinfer1::IExprBuilder&) noexcept {
     return nullptr;
   }
+  // Zero when the context is made, and the node's alone from then on. An op must do without it, too: there is none while
+  // TensorRT builds, nor where the allocation failed.
+  static size_t scratch_bytes(const AttributeValues&) noexcept { return 0; }
+};
+
+// Device memory of one plugin object; a copy of it has none.
+class Scratch {
+ public:
+  Scratch() noexcept = default;
+  Scratch(const Scratch&) noexcept {}
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() noexcept {
+    if (data_) static_cast<void>(cudaFree(data_));
+  }
+  void allocate(size_t bytes) noexcept {
+    cudaStream_t stream = nullptr;
+    void* data = nullptr;
+    if (cudaMalloc(&data, bytes) == cudaSuccess && cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess &&
+        cudaMemsetAsync(data, 0, bytes, stream) == cudaSuccess && cudaStreamSynchronize(stream) == cudaSuccess) {
+      data_ = data;
+    } else if (data) {
+      static_cast<void>(cudaFree(data));
+    }
+    if (stream) static_cast<void>(cudaStreamDestroy(stream));
+    if (!data_) static_cast<void>(cudaGetLastError());  // not the next call's
+  }
+  void* data() const noexcept { return data_; }
+
+ private:
+  void* data_ = nullptr;
 };
 
 // Copying it copies plain values only, so clone() and attachToContext() cannot throw and no two contexts share anything.
@@ -230,14 +262,18 @@ class Plugin final : public nvinfer1::IPluginV3,
   // Capture-legal: launches only.
   int32_t enqueue(const TensorDesc* in, const TensorDesc*, const void* const* inputs, void* const* outputs, void* workspace,
                   cudaStream_t stream) noexcept override {
-    Call call{in, inputs, outputs, workspace, tactic_ ? tactic_ : safest_, DataType::kFloat32, stream};
+    Call call{in, inputs, outputs, workspace, scratch_.data(), tactic_ ? tactic_ : safest_, DataType::kFloat32, stream};
     if (!activation_type(in[activation_input_].type, call.type)) return where().fail("activations are %s", name_of(in[activation_input_].type)), -1;
     const cudaError_t status = Op::enqueue(values_, call);
     if (status == cudaSuccess) return 0;
     return where().fail("CUDA error %d: %s (tactic %d)", int(status), cudaGetErrorString(status), call.tactic), -1;
   }
 
-  nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override { return clone(); }
+  nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override {
+    Plugin* mine = clone();
+    if (const size_t bytes = Op::scratch_bytes(values_); mine && bytes) mine->scratch_.allocate(bytes);
+    return mine;
+  }
 
   // Attributes only: never shapes, types or the tactic. Filled anew at each call, so that a copy never points into its original.
   const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override {
@@ -285,6 +321,7 @@ class Plugin final : public nvinfer1::IPluginV3,
   int32_t activation_input_ = Op::signature(values_).activation_input();
   int32_t tactic_ = 0, safest_ = 0;
   int32_t nb_tactics_ = 0, tactics_[kMaxTactics] = {};
+  Scratch scratch_;
   char node_[96] = "", cache_id_[192] = "", metadata_[256] = "";
   nvinfer1::PluginField fields_[kMaxAttributes];
   nvinfer1::PluginFieldCollection collection_{};

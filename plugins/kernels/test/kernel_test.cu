@@ -511,7 +511,7 @@ double scan_error(const Values& got, const ScanReference& want) {
 }
 
 struct ScanBuffers {
-  Buffer xz, x_dbl, conv_weight, conv_bias, dt_weight, dt_bias, A, D, scale, pairs, y, weights, workspace;
+  Buffer xz, x_dbl, conv_weight, conv_bias, dt_weight, dt_bias, A, D, scale, pairs, y, weights, workspace, scratch;
   ScanBuffers(const Layer& w, const Case& c, DataType T, const std::vector<int32_t>& merges)
       : xz(w.xz, T), x_dbl(w.x_dbl, T), conv_weight(w.conv_weight, DataType::kFloat32),
         conv_bias(w.conv_bias, DataType::kFloat32), dt_weight(w.dt_weight, T), dt_bias(w.dt_bias, DataType::kFloat32),
@@ -519,7 +519,10 @@ struct ScanBuffers {
         y(static_cast<size_t>(c.batch) * (c.cls < 0 ? c.seqlen : 1) * c.d_inner * size_of(T)),
         weights(static_cast<size_t>(c.batch) * (merges.size() / 2) * 4),
         workspace(mamba_scan_workspace_bytes(c.batch, c.seqlen, c.d_inner, c.d_state,
-                                             static_cast<int64_t>(merges.size() / 2), T)) {}
+                                             static_cast<int64_t>(merges.size() / 2), T)),
+        scratch(kMergeScratchBytes) {
+    CHECK_CUDA(cudaMemset(scratch.data, 0, scratch.bytes));
+  }
   MambaScanParams params(const Case& c, DataType T) const {
     MambaScanParams p{};
     p.batch = c.batch, p.seqlen = c.seqlen, p.d_inner = c.d_inner, p.d_state = c.d_state, p.dt_rank = c.dt_rank;
@@ -530,6 +533,7 @@ struct ScanBuffers {
     p.A = A.as<float>(), p.D = D.as<float>(), p.merge_pairs = c.mode ? pairs.as<int32_t>() : nullptr;
     p.decay_scale = c.scaled ? scale.as<float>() : nullptr;
     p.y = y.data, p.merge_weights = c.mode ? weights.as<float>() : nullptr, p.workspace = workspace.data;
+    p.merge_scratch = scratch.data;
     return p;
   }
 };
@@ -549,6 +553,11 @@ void test_scan(const Case& c, DataType T) {
     buffers.workspace.poison();
     std::vector<Values> got;
     std::string trouble = run_twice([&](cudaStream_t s) { return mamba_scan(p, tactic, s); }, outputs, got);
+    const auto scratch = buffers.scratch.raw();
+    if (std::any_of(scratch.begin(), scratch.begin() + kMergeBlocks * sizeof(int32_t), [](unsigned char v) { return v != 0; }))
+      trouble += " tickets are left";
+    if (std::any_of(scratch.begin() + kMergeScratchBytes, scratch.end(), [](unsigned char v) { return v != kCanary; }))
+      trouble += " canary of the scratch";
     const auto workspace = buffers.workspace.raw();
     for (size_t j = buffers.workspace.bytes; j < workspace.size(); j++)
       if (workspace[j] != kCanary) {
@@ -567,6 +576,18 @@ void test_scan(const Case& c, DataType T) {
         if (!(error <= worst)) worst = error;
       }
       report(std::string("merge_weights ") + name_of(T), c.text(), worst, 2e-5, "");
+    }
+    if (c.mode && tactic != MambaScanTactic::kSimple && tactic != MambaScanTactic::kSegments) {
+      MambaScanParams alone = p;  // a group of weights in one block
+      alone.merge_scratch = nullptr;
+      std::vector<Values> whole;
+      trouble = run_twice([&](cudaStream_t s) { return mamba_scan(alone, tactic, s); }, outputs, whole);
+      double worst = whole.size() > 1 && got.size() > 1 ? 0 : NAN;
+      for (size_t k = 0; worst == worst && k < want.weights.size(); k++) {
+        const double error = std::fabs(whole[1][k] - got[1][k]) / std::max(want.weight_scale[k], 1e-30);
+        if (!(error <= worst)) worst = error;
+      }
+      report("merge_weights in slices", c.text(), worst, 2e-6, trouble);
     }
   }
 }
@@ -1075,7 +1096,10 @@ void time_layer(const char* model, int E, int R, int batch, int L, DataType T) {
                 tactic, us, floor, us / std::max(floor, 0.9));
     std::fflush(stdout);
   };
-  const std::vector<int32_t> pairs = {0, 2, 1, 2, L - 2, L - 3, L - 1, L - 3};
+  const int side = std::max(2, L / 98);  // merged at each end: what rate 0.2 merges in a layer
+  std::vector<int32_t> pairs;
+  for (int i = 0; i < side; i++) pairs.insert(pairs.end(), {i, side});
+  for (int i = side; i > 0; i--) pairs.insert(pairs.end(), {L - i, L - 1 - side});
   ScanBuffers buffers(w, c, T, pairs);
   if (wanted("conv")) {
     Buffer weight(w.x_proj_weight, T);
@@ -1130,9 +1154,9 @@ void time_layer(const char* model, int E, int R, int batch, int L, DataType T) {
     line("add_merge_norm", "shared residual", time_us([&](cudaStream_t s) { return add_merge_norm(p, s); }),
          static_cast<double>(tokens) * d * (4 + 2 * size) / bytes);
     p.residual_per_image = true;
-    p.rule = MergeRule::kEdge, p.left = 2, p.right = 2, p.seqlen_out = L - 4, p.nb_weights = 4;
+    p.rule = MergeRule::kEdge, p.left = p.right = side, p.seqlen_out = L - 2 * side, p.nb_weights = 2 * side;
     p.weights_per_image = true, p.merge_weights = buffers.weights.as<float>();
-    line("add_merge_norm", "edge 2 + 2", time_us([&](cudaStream_t s) { return add_merge_norm(p, s); }), norm_floor);
+    line("add_merge_norm", ("edge " + std::to_string(side) + " + " + std::to_string(side)).c_str(), time_us([&](cudaStream_t s) { return add_merge_norm(p, s); }), norm_floor);
   }
 }
 
