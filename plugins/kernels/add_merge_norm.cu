@@ -10,12 +10,13 @@ namespace {
 
 // Calls add(residual position, hidden position, weight) for each member of output token t: for kEdge the target first
 // and then its sources in ascending order, for kTable in the table's order. kAhead members' loads are in flight together:
-// at 1024 px a target has 21 sources a side, and one after the other they would cost 21 times the latency of memory.
-template <int kAhead, typename Add>
-__device__ __forceinline__ void for_each_member(const AddMergeNormParams& p, int b, int t, Add add) {
-  if (p.cls_index >= 0) return add(p.cls_index, 0, 1.f);
+// at 1024 px a target has 41 sources a side, and one after the other they would cost 41 times the latency of memory.
+// kParts > 1, for kEdge: only those of the part, the target being part 0's.
+template <int kAhead, int kParts = 1, typename Add>
+__device__ __forceinline__ void for_each_member(const AddMergeNormParams& p, int b, int t, Add add, int part = 0) {
+  if (kParts == 1 && p.cls_index >= 0) return add(p.cls_index, 0, 1.f);
   const float* weights = p.merge_weights + (p.weights_per_image ? static_cast<int64_t>(b) * p.nb_weights : 0);
-  if (p.rule == MergeRule::kTable) {
+  if (kParts == 1 && p.rule == MergeRule::kTable) {
     const int end = p.begin[t + 1];
 #pragma unroll kAhead
     for (int m = p.begin[t]; m < end; m++) {
@@ -25,15 +26,27 @@ __device__ __forceinline__ void for_each_member(const AddMergeNormParams& p, int
     return;
   }
   const int left = p.rule == MergeRule::kEdge ? p.left : 0, right = p.rule == MergeRule::kEdge ? p.right : 0;
-  add(t + left, t + left, 1.f);
+  const int first = (part + kParts - 1) % kParts;
+  if (part == 0) add(t + left, t + left, 1.f);
   if (t == 0) {
 #pragma unroll kAhead
-    for (int i = 0; i < left; i++) add(i, i, weights[i]);
+    for (int i = first; i < left; i += kParts) add(i, i, weights[i]);
   }
   if (t == p.seqlen_out - 1) {
 #pragma unroll kAhead
-    for (int i = 0; i < right; i++) add(p.seqlen_in - right + i, p.seqlen_in - right + i, weights[left + i]);
+    for (int i = first; i < right; i += kParts)
+      add(p.seqlen_in - right + i, p.seqlen_in - right + i, weights[left + i]);
   }
+}
+
+// With many sources an end of the image, first or last output token, is a block's and not a warp's, and such blocks are the
+// first of the grid: else they would be what it waits for at last.
+constexpr int kManySources = 6;
+__host__ __device__ inline bool first_has_many(const AddMergeNormParams& p) {
+  return p.rule == MergeRule::kEdge && (p.left >= kManySources || (p.seqlen_out == 1 && p.right >= kManySources));
+}
+__host__ __device__ inline bool last_has_many(const AddMergeNormParams& p) {
+  return p.rule == MergeRule::kEdge && p.right >= kManySources && p.seqlen_out > 1;
 }
 
 // The first token of image b in the residual stream.
@@ -51,12 +64,12 @@ struct WarpNormTraits {
 };
 
 // A warp owns one output token and holds it in registers: residual and hidden are read once, both outputs written once.
-template <typename Traits>
+// kEnds: the first blocks take ends of images with many sources, which the others leave out.
+template <typename Traits, bool kEnds>
 __global__ __launch_bounds__(Traits::kThreads) void warp_norm_kernel(const __grid_constant__ AddMergeNormParams p) {
   using T = typename Traits::T;
-  constexpr int kVectors = Traits::kVectors;
-  const int lane = threadIdx.x % 32, d = p.d_model;
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * Traits::kWarps + threadIdx.x / 32;
+  constexpr int kVectors = Traits::kVectors, kWarps = Traits::kWarps;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, d = p.d_model;
   float4 norm_weight[kVectors];  // read before the wait and before the stores, which the compiler must not pass
 #pragma unroll
   for (int i = 0; i < kVectors; i++) {
@@ -65,15 +78,24 @@ __global__ __launch_bounds__(Traits::kThreads) void warp_norm_kernel(const __gri
   }
   wait_for_previous();
   let_next_start();
+  int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
+  bool is_end = false;
+  if constexpr (kEnds) {
+    const int first = first_has_many(p), ends = first + last_has_many(p), block = static_cast<int>(blockIdx.x);
+    is_end = block < ends * p.batch;
+    token = is_end ? static_cast<int64_t>(block / ends) * p.seqlen_out + (block % ends < first ? 0 : p.seqlen_out - 1)
+                   : token - static_cast<int64_t>(ends) * p.batch * kWarps;
+  }
   if (token >= static_cast<int64_t>(p.batch) * p.seqlen_out) return;
   const int b = static_cast<int>(token / p.seqlen_out), t = static_cast<int>(token % p.seqlen_out);
+  if (kEnds && !is_end && ((t == 0 && first_has_many(p)) || (t == p.seqlen_out - 1 && last_has_many(p)))) return;
   const float* residual = residual_of(p, b);
   const T* hidden = static_cast<const T*>(p.hidden) + static_cast<int64_t>(b) * (p.cls_index < 0 ? p.seqlen_in : 1) * d;
 
   float4 x[kVectors];
 #pragma unroll
   for (int i = 0; i < kVectors; i++) x[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-  for_each_member<Traits::kAhead>(p, b, t, [&](int from_residual, int from_hidden, float weight) {
+  auto add = [&](int from_residual, int from_hidden, float weight) {
     const float* r = residual + static_cast<int64_t>(from_residual) * d;
     const T* h = hidden + static_cast<int64_t>(from_hidden) * d;
 #pragma unroll
@@ -86,7 +108,27 @@ __global__ __launch_bounds__(Traits::kThreads) void warp_norm_kernel(const __gri
       x[i].z = fmaf(weight, rv.z + hv.z, x[i].z);
       x[i].w = fmaf(weight, rv.w + hv.w, x[i].w);
     }
-  });
+  };
+  if constexpr (kEnds) {
+    __shared__ float4 others[kWarps - 1][32 * kVectors];
+    if (is_end) {
+      for_each_member<Traits::kAhead, kWarps>(p, b, t, add, warp);
+      if (warp > 0) {
+#pragma unroll
+        for (int i = 0; i < kVectors; i++) others[warp - 1][lane + 32 * i] = x[i];
+      }
+      __syncthreads();
+      if (warp > 0) return;
+      for (int w = 0; w < kWarps - 1; w++) {
+#pragma unroll
+        for (int i = 0; i < kVectors; i++) {
+          const float4 v = others[w][lane + 32 * i];
+          x[i].x += v.x, x[i].y += v.y, x[i].z += v.z, x[i].w += v.w;
+        }
+      }
+    }
+  }
+  if (!is_end) for_each_member<Traits::kAhead>(p, b, t, add);
   float square = 0.f;
 #pragma unroll
   for (int i = 0; i < kVectors; i++)
@@ -153,8 +195,10 @@ __global__ __launch_bounds__(Traits::kThreads) void block_norm_kernel(const __gr
 template <typename T, int kVectors>
 cudaError_t launch_warp(const AddMergeNormParams& p, int64_t tokens, cudaStream_t stream) {
   using Traits = WarpNormTraits<T, kVectors>;
-  const int64_t blocks = (tokens + Traits::kWarps - 1) / Traits::kWarps;
-  return launch_dependent<warp_norm_kernel<Traits>>(static_cast<unsigned>(blocks), Traits::kThreads, 0, stream, p);
+  const int64_t ends = int64_t{first_has_many(p) + last_has_many(p)} * p.batch;
+  const auto blocks = static_cast<unsigned>((tokens + Traits::kWarps - 1) / Traits::kWarps + ends);
+  return ends ? launch_dependent<warp_norm_kernel<Traits, true>>(blocks, Traits::kThreads, 0, stream, p)
+              : launch_dependent<warp_norm_kernel<Traits, false>>(blocks, Traits::kThreads, 0, stream, p);
 }
 
 template <typename T>

@@ -925,8 +925,14 @@ std::vector<NormCase> norm_cases() {
   for (int L : {1, 2, 63, 197, 1025}) add([&](NormCase& c) { c.seqlen = L, c.d_model = 192; });
   for (int d : {1, 4, 7, 64, 130, 192, 256, 384, 500, 512, 640, 768, 1024, 1028, 1500})
     add([&](NormCase& c) { c.d_model = d, c.seqlen = 9; });
+  for (int d : {100, 192, 500, 768, 1024})  // ends with many sources: all warps of a block
+    for (auto [left, right] : {std::pair<int, int>{41, 42}, {7, 0}, {1, 9}, {6, 2}})
+      add([&, l = left, r = right](NormCase& c) {
+        c.d_model = d, c.batch = 3, c.rule = MergeRule::kEdge, c.left = l, c.right = r, c.residual_per_image = r != 9;
+      });
   for (int d : {384, 6}) {
-    for (auto [left, right] : {std::pair<int, int>{1, 1}, {2, 0}, {0, 3}, {5, 5}, {100, 96}})
+    for (auto [left, right] :
+         {std::pair<int, int>{1, 1}, {2, 0}, {0, 3}, {5, 5}, {6, 0}, {0, 7}, {41, 41}, {100, 96}, {190, 6}, {3, 193}})
       for (bool per_image : {true, false})
         add([&, l = left, r = right](NormCase& c) {
           c.d_model = d, c.rule = MergeRule::kEdge, c.left = l, c.right = r, c.per_image = per_image;
