@@ -29,8 +29,8 @@ def test_merging_pays(model, builder, record):
     does not count. Batch 128: time falls with token-layers; batch 1: merging never costs time.
 
     Asked at batch 128 is 0.9 of the share by which token-layers fall. The bound is what models reached with GEMMs that add up in fp16, 0.76 and
-    0.77 (Ti, S on an H200). With float32 sums and kernel version 5 `paid` was 0.74, 0.88 and 0.82 (Ti, S, B, one turn each); with version 6, by
-    `stm bench` in turns, 0.79, 0.83 and 0.80: where the rest goes is in docs/performance.md.
+    0.77 (Ti, S on an H200). With kernel version 7 it is 0.81, 0.84 and 0.84 (Ti, S, B, by `stm bench` in turns; 0.90, 0.90 and 0.88 for plans
+    aligned to 8 tokens): where the rest goes is in docs/performance.md.
     """
     plan = stm.make_plan(stm.model_config(model), rate=0.2)
     fewer = 1 - sum(plan.lengths) / (plan.lengths[0] * len(plan.lengths))
