@@ -1,5 +1,6 @@
-// merge_weight.cuh: how much of a merged token's contribution is left at its target (STM, arXiv 2509.22691), a group of
-// weights a block, so that they can ride in the grid of a scan instead of taking a launch of their own.
+// merge_weight.cuh: how much of a merged token's contribution is left at its target (STM, arXiv 2509.22691), by blocks of a
+// group of pairs or of a slice of its channels, so that they can ride in the grid of a scan instead of taking a launch of
+// their own.
 #pragma once
 #include <cmath>
 #include <type_traits>
@@ -13,27 +14,24 @@ namespace stm {
 
 constexpr int kMergeGroup = 8;  // pairs of a block, at most
 
-// Pairs of an image in one block: half of a few pairs, which with the edge rule is one side's.
+// Pairs of a group: half of an image's few pairs, which with the edge rule is one side's.
 __host__ __device__ inline int merge_group_size(int nb_pairs) {
   const int half = (nb_pairs + 1) / 2;
   return half < kMergeGroup ? half : kMergeGroup;
 }
 // Groups an image; 0 if there are no weights to compute.
-__host__ __device__ inline int merge_groups_of(int nb_pairs) {
-  if (nb_pairs == 0) return 0;
-  const int size = merge_group_size(nb_pairs);
-  return (nb_pairs + size - 1) / size;
-}
 __host__ __device__ inline int merge_groups(const MambaScanParams& p) {
-  return p.weight_mode == WeightMode::kNone ? 0 : merge_groups_of(p.nb_pairs);
+  if (p.weight_mode == WeightMode::kNone || p.nb_pairs == 0) return 0;
+  const int size = merge_group_size(p.nb_pairs);
+  return (p.nb_pairs + size - 1) / size;
 }
 
 // A group's channels may be dealt to several blocks, so that none takes longer than what runs beside it. Each leaves its
 // sums (of a pair: the weight's numerator and denominator), and the last one to arrive adds them up, in the order of slices.
 struct MergeSlice {
   int index, count;
-  float2* sums;    // of all slices of the group, (count, kMergeGroup); null if there is one
-  int32_t* ticket; // of the group: slices that have arrived; zero before and after
+  float2* sums;     // of all slices of the group, (count, kMergeGroup); null if there is one
+  int32_t* ticket;  // of the group: slices that have arrived; zero before and after
 };
 struct MergeWhole {  // no slices, and no registers for them
   static constexpr int index = 0, count = 1;
@@ -49,9 +47,11 @@ __device__ __forceinline__ MergeSlice merge_slice(const MambaScanParams& p, int 
   return {which - group * count, count, sums + group * count * kMergeGroup, tickets + group};
 }
 
+// NaN stays, of a broken plan or of what comes in: fmaxf would make it 0.
 __device__ __forceinline__ float merge_weight_of(WeightMode mode, float sum, float whole) {
-  if (mode != WeightMode::kHsp || isnan(sum)) return sum / whole;
-  return fminf(fmaxf(sum / (whole + 1e-12f), 0.f), 1.f);
+  if (mode != WeightMode::kHsp) return sum / whole;
+  const float weight = sum / (whole + 1e-12f);
+  return isnan(weight) ? weight : fminf(fmaxf(weight, 0.f), 1.f);
 }
 
 // Of a block of kThreads.
@@ -268,7 +268,8 @@ __device__ __forceinline__ float softplus_close(float x) {
 }
 
 // HSP and decay of 16 states, T of 16 bits, dt_rank a multiple of 4 and at most 64: the run of pairs that begins at pair
-// `begin` of the group, of the slice's channels. Returns where the next begins, 0 if there is none, -1 if this one is too long (and not done).
+// `begin` of the group, of the slice's channels. Returns where the next begins, 0 if there is none, -1 if this one is too
+// long (and not done).
 // The weight separates:
 //   sum over channels e and states n of exp(A sigma) delta_s B_s delta_t B_t
 //     = sum_n B_s[n] B_t[n] sum_e (delta_s delta_t)[e] exp(A[e,n] sigma[e]),
@@ -529,6 +530,7 @@ __device__ __forceinline__ void merge_weights_of_slices(const MambaScanParams& p
   if (lane == 0) before = atomicAdd(slice.ticket, 1);
   if (__shfl_sync(~0u, before, 0) != slice.count - 1) return;
   __threadfence();
+  __syncwarp();
   if (lane == 0) *slice.ticket = 0;  // for the next call
   if (lane >= size || pair >= p.nb_pairs) return;
   float sum = 0.f, whole = 0.f;
@@ -559,7 +561,9 @@ __device__ __forceinline__ void merge_weights_of_group(const MambaScanParams& p,
       }
     }
   }
-  if (slice.index == 0) merge_weights_general<T, kThreads, kSixteen>(p, group, b, shared.general);
+  if (slice.index == 0) return merge_weights_general<T, kThreads, kSixteen>(p, group, b, shared.general);
+  wait_for_previous();
+  let_next_start();
 }
 
 }  // namespace stm

@@ -51,21 +51,40 @@ struct OpDefaults {
   static const nvinfer1::IDimensionExpr* derived(const AttributeValues&, const nvinfer1::DimsExprs*, nvinfer1::IExprBuilder&) noexcept {
     return nullptr;
   }
-  // Zero when the context is made, and the node's alone from then on. An op must do without it, too: there is none while
-  // TensorRT builds, nor where the allocation failed.
+  // Zero when the context is made, and the node's alone from then on. An op must do without it, too: there may be none while
+  // TensorRT builds, and there is none where the allocation failed.
   static size_t scratch_bytes(const AttributeValues&) noexcept { return 0; }
 };
 
-// Device memory of one plugin object; a copy of it has none.
+// Memory calls of a thread that must not end another thread's capture of a graph.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() noexcept { exchange(); }
+  ~RelaxedCapture() noexcept { exchange(); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  void exchange() noexcept {
+    if (cudaThreadExchangeStreamCaptureMode(&mode_) != cudaSuccess) static_cast<void>(cudaGetLastError());
+  }
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// Device memory of one plugin object; a copy of it has none. From CUDA, not from the context's allocator: a few KiB that no
+// pool need plan for.
 class Scratch {
  public:
   Scratch() noexcept = default;
   Scratch(const Scratch&) noexcept {}
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() noexcept {
-    if (data_) static_cast<void>(cudaFree(data_));
+    if (!data_) return;
+    const RelaxedCapture relaxed;
+    if (cudaFree(data_) != cudaSuccess) static_cast<void>(cudaGetLastError());  // not the next call's
   }
   void allocate(size_t bytes) noexcept {
+    const RelaxedCapture relaxed;
     cudaStream_t stream = nullptr;
     void* data = nullptr;
     if (cudaMalloc(&data, bytes) == cudaSuccess && cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess &&
@@ -271,7 +290,11 @@ class Plugin final : public nvinfer1::IPluginV3,
 
   nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override {
     Plugin* mine = clone();
-    if (const size_t bytes = Op::scratch_bytes(values_); mine && bytes) mine->scratch_.allocate(bytes);
+    if (const size_t bytes = Op::scratch_bytes(values_); mine && bytes) {
+      mine->scratch_.allocate(bytes);
+      if (!mine->scratch_.data())
+        say(Severity::kWARNING, "%s '%s': no %d bytes of GPU memory for the context; the node runs without them, slower", Op::kName, node_, int(bytes));
+    }
     return mine;
   }
 

@@ -536,6 +536,10 @@ struct ScanBuffers {
     p.merge_scratch = scratch.data;
     return p;
   }
+  void poison_sums() const {  // of the scratch, not its tickets
+    constexpr size_t kTickets = kMergeBlocks * sizeof(int32_t);
+    CHECK_CUDA(cudaMemset(scratch.as<char>() + kTickets, 0xff, kMergeScratchBytes - kTickets));
+  }
 };
 
 void test_scan(const Case& c, DataType T) {
@@ -551,6 +555,7 @@ void test_scan(const Case& c, DataType T) {
     std::vector<Output> outputs = {{&buffers.y, T}};
     if (c.mode) outputs.push_back({&buffers.weights, DataType::kFloat32});
     buffers.workspace.poison();
+    buffers.poison_sums();
     std::vector<Values> got;
     std::string trouble = run_twice([&](cudaStream_t s) { return mamba_scan(p, tactic, s); }, outputs, got);
     const auto scratch = buffers.scratch.raw();
@@ -577,7 +582,8 @@ void test_scan(const Case& c, DataType T) {
       }
       report(std::string("merge_weights ") + name_of(T), c.text(), worst, 2e-5, "");
     }
-    if (c.mode && tactic != MambaScanTactic::kSimple && tactic != MambaScanTactic::kSegments) {
+    const bool sliced = tactic == MambaScanTactic::kWalkMma || tactic == MambaScanTactic::kWalkMmaTwoPass;
+    if ((c.mode == 1 || c.mode == 2) && sliced) {
       MambaScanParams alone = p;  // a group of weights in one block
       alone.merge_scratch = nullptr;
       std::vector<Values> whole;
@@ -744,6 +750,41 @@ void test_conv_shapes() {
   report("shapes", "ViM-S, batch 512", conv_xproj_shape(p) == ConvXProjShape::kWgmma ? 0 : 1, 0.5, "");
 }
 
+// Pairs of tokens that do not exist: NaN there, every other weight as without them, in slices and in one block.
+void test_broken_pairs() {
+  Case c;
+  c.batch = 2, c.seqlen = 300, c.d_inner = 768, c.dt_rank = 24;
+  for (int mode : {1, 2})
+    for (int far : {20, 90}) {  // the second is a run too long for the fast path
+      c.mode = mode;
+      const Layer w(c, DataType::kFloat16);
+      const int L = c.seqlen;
+      const std::vector<int32_t> good = {0, far, 1, far, 2, far, 3, far, L - 4, L - 5, L - 3, L - 5, L - 2, L - 5, L - 1, L - 5};
+      const ScanBuffers whole(w, c, DataType::kFloat16, good);
+      for (int broken : {0, 1, 3, 4, 7}) {
+        std::vector<int32_t> pairs = good;
+        pairs[static_cast<size_t>(2 * broken + (broken & 1))] = broken < 4 ? -1 : L;
+        const ScanBuffers buffers(w, c, DataType::kFloat16, pairs);
+        for (bool slices : {true, false}) {
+          std::vector<Values> got;
+          for (const ScanBuffers* which : {&whole, &buffers}) {
+            MambaScanParams p = which->params(c, DataType::kFloat16);
+            if (!slices) p.merge_scratch = nullptr;
+            CHECK_CUDA(cudaMemset(which->weights.data, 0, which->weights.bytes));
+            CHECK_CUDA(mamba_scan(p, MambaScanTactic::kWalkMma, nullptr));
+            CHECK_CUDA(cudaDeviceSynchronize());
+            got.push_back(decode(which->weights.raw(), which->weights.bytes, DataType::kFloat32));
+          }
+          int wrong = 0;
+          for (size_t i = 0; i < got[0].size(); i++)
+            wrong += static_cast<int>(i % 8) == broken ? !std::isnan(got[1][i])
+                                                       : !(std::fabs(got[1][i] - got[0][i]) <= 1e-5 * std::fabs(got[0][i]));
+          report("broken pairs", c.text() + " pair " + std::to_string(broken) + (slices ? "" : " one block"), wrong, 0.5, "");
+        }
+      }
+    }
+}
+
 void test_refusals() {
   auto expect = [](const char* what, cudaError_t got) {
     report("refusals", what, got == cudaErrorInvalidValue ? 0 : 1, 0.5, "");
@@ -842,6 +883,11 @@ std::vector<Case> scan_cases() {
   }
   for (const Model& m : kModels)
     cases.push_back(with([&](Case& c) { c.d_inner = m.d_inner, c.dt_rank = m.dt_rank, c.mode = 1; }));
+  // Merge weights beside more walks than are resident at once: in several slices of a few groups, in one of very many
+  for (auto [B, E] : {std::pair<int, int>{64, 512}, {48, 768}, {530, 128}})
+    cases.push_back(with([&, B = B, E = E](Case& c) {
+      c.batch = B, c.d_inner = E, c.dt_rank = 24, c.seqlen = 9, c.mode = 1, c.pairs = 1;
+    }));
   // Segments with 6 (one image) and 12 channels a block (two), as chosen for 132 multiprocessors
   for (int B : {1, 2}) {
     auto wide = [&](auto edit) {
@@ -932,7 +978,8 @@ std::vector<NormCase> norm_cases() {
       });
   for (int d : {384, 6}) {
     for (auto [left, right] :
-         {std::pair<int, int>{1, 1}, {2, 0}, {0, 3}, {5, 5}, {6, 0}, {0, 7}, {41, 41}, {100, 96}, {190, 6}, {3, 193}})
+         {std::pair<int, int>{1, 1}, {2, 0}, {0, 3}, {5, 5}, {6, 0}, {0, 7}, {41, 41}, {100, 95}, {0, 195}, {100, 96},
+          {190, 6}, {3, 193}})
       for (bool per_image : {true, false})
         add([&, l = left, r = right](NormCase& c) {
           c.d_model = d, c.rule = MergeRule::kEdge, c.left = l, c.right = r, c.per_image = per_image;
@@ -1162,7 +1209,9 @@ void time_layer(const char* model, int E, int R, int batch, int L, DataType T) {
     p.residual_per_image = true;
     p.rule = MergeRule::kEdge, p.left = p.right = side, p.seqlen_out = L - 2 * side, p.nb_weights = 2 * side;
     p.weights_per_image = true, p.merge_weights = buffers.weights.as<float>();
-    line("add_merge_norm", ("edge " + std::to_string(side) + " + " + std::to_string(side)).c_str(), time_us([&](cudaStream_t s) { return add_merge_norm(p, s); }), norm_floor);
+    const std::string ends = std::to_string(side);
+    line("add_merge_norm", ("edge " + ends + " + " + ends).c_str(), time_us([&](cudaStream_t s) { return add_merge_norm(p, s); }),
+         norm_floor);
   }
 }
 
@@ -1246,6 +1295,7 @@ int main(int argc, char** argv) {
   }
   if (options.only.empty() && options.soak == 0) {
     test_refusals();
+    test_broken_pairs();
     test_conv_shapes();
   }
   std::printf("%-30s %6s %6s  %9s %8s  %s\n", "kernel", "cases", "failed", "worst", "of bound", "worst case");
