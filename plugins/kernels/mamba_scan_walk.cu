@@ -638,11 +638,11 @@ WalkPlan plan_two_passes(const MambaScanParams& p, int processors) {
   return best;
 }
 
-// Blocks of each of `groups` groups of merge weights, beside `walks` blocks that walk, of which `slots` are resident.
+// Slices of each of `groups` groups of merge weights, beside `walks` blocks that walk, of which `slots` are resident.
 // One round: what is left when the walks end should be short, at most eight turns; beyond that no more blocks than two a
-// multiprocessor, each of which costs its start. More rounds: they take turns in the slots that the last one leaves free; a block takes about 5 us and
-// 1.4 us for each of its turns of channels, beside walks.
-int merge_slices(int d_inner, int64_t groups, int64_t walks, int64_t slots, int processors) {
+// multiprocessor, each of which costs its start. More rounds: they queue for the slots that the last one leaves free; a
+// block takes about 5 us and 1.4 us for each of its turns of channels, beside walks.
+int slices_of_a_group(int d_inner, int64_t groups, int64_t walks, int64_t slots, int processors) {
   constexpr int kTurn = 2 * 32;  // channels that a block's two warps take at a time
   const int turns = (d_inner + kTurn - 1) / kTurn;
   const int most = static_cast<int>(std::min<int64_t>(turns, kMergeBlocks / groups));
@@ -695,9 +695,8 @@ cudaError_t launch(const MambaScanParams& p, const WalkPlan& plan, cudaStream_t 
   pieces.walks = static_cast<int>(blocks);
   const int64_t groups = static_cast<int64_t>(p.batch) * merge_groups(p);
   if (p.merge_scratch && groups > 0 && p.weight_mode != WeightMode::kHspLiteral) {  // that one has no slices
-    const int processors = processors_of_device();
-    const int64_t slots = int64_t{plan.tiles == 2 ? kWide.resident : kNarrow.resident} * processors;
-    pieces.slices = merge_slices(p.d_inner, groups, blocks, slots, processors);
+    const int processors = processors_of_device(), resident = (plan.tiles == 2 ? kWide : kNarrow).resident;
+    pieces.slices = slices_of_a_group(p.d_inner, groups, blocks, int64_t{resident} * processors, processors);
   }
   const int64_t weights = groups * pieces.slices;
   return plan.tiles == 2 ? launch_walk<WalkTraits<T, kSteps, 2, false>>(blocks, weights, stream, p, pieces)

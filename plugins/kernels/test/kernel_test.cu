@@ -311,6 +311,14 @@ struct Layer {
   }
 };
 
+// The edge rule: `side` tokens at each end, into the next one inward.
+std::vector<int32_t> edge_pairs(int L, int side) {
+  std::vector<int32_t> pairs;
+  for (int i = 0; i < side; i++) pairs.insert(pairs.end(), {i, side});
+  for (int i = 0; i < side; i++) pairs.insert(pairs.end(), {L - 1 - i, L - 1 - side});
+  return pairs;
+}
+
 std::vector<int32_t> merge_pairs(const Case& c) {
   const int L = c.seqlen;
   std::vector<int32_t> pairs;
@@ -321,9 +329,7 @@ std::vector<int32_t> merge_pairs(const Case& c) {
   } else if (c.pairs == 1) {
     add(0, L - 1), add(L - 1, 0), add(3, L / 2), add(L / 2, 3), add(L / 2, L / 2 + 9), add(10, 2), add(5, 5);
   } else if (c.pairs == 2) {
-    const int side = std::min(21, (L - 1) / 2);
-    for (int i = 0; i < side; i++) add(i, side);
-    for (int i = 0; i < side; i++) add(L - 1 - i, L - 1 - side);
+    pairs = edge_pairs(L, std::min(21, (L - 1) / 2));
   } else {
     for (int i : {4, 2, 1, 5, 6, 3, 8}) add(i, 3);
     for (int i : {0, 1, 7, 5, L - 2}) add(i, 0);
@@ -1150,10 +1156,7 @@ void time_layer(const char* model, int E, int R, int batch, int L, DataType T) {
     std::fflush(stdout);
   };
   const int side = std::max(2, L / 98);  // merged at each end: what rate 0.2 merges in a layer
-  std::vector<int32_t> pairs;
-  for (int i = 0; i < side; i++) pairs.insert(pairs.end(), {i, side});
-  for (int i = side; i > 0; i--) pairs.insert(pairs.end(), {L - i, L - 1 - side});
-  ScanBuffers buffers(w, c, T, pairs);
+  ScanBuffers buffers(w, c, T, edge_pairs(L, side));
   if (wanted("conv")) {
     Buffer weight(w.x_proj_weight, T);
     ConvXProjParams p{};
