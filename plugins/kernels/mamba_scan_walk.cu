@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <climits>
+#include <cstdlib>
 #include <cstddef>
 #include <type_traits>
 
@@ -16,12 +17,16 @@
 namespace stm {
 namespace {
 
-template <typename T_, int kSteps_, int kTiles_, bool kEndOnly_>
+// What of two passes over L a kernel does: the second (or all there is, in one pass), the first, both in a cluster.
+enum class Passes { kWalk, kEnds, kBoth };
+
+template <typename T_, int kSteps_, int kTiles_, Passes kPasses>
 struct WalkTraits {
   using T = T_;
   static constexpr int kSteps = kSteps_;        // of 16 columns of dt_proj's sum: dt_rank <= 16 kSteps
   static constexpr int kTiles = kTiles_;        // m-tiles of 16 channels that a warp walks
-  static constexpr bool kEndOnly = kEndOnly_;   // the first of two passes: only what a piece does to the state
+  static constexpr bool kEndOnly = kPasses == Passes::kEnds;  // only what a piece does to the state
+  static constexpr bool kBoth = kPasses == Passes::kBoth;
   static constexpr int kStates = 16;
   static constexpr int kChannels = 16 * kTiles; // of a warp
   static constexpr int kOwn = 2 * kTiles;       // of a lane
@@ -128,7 +133,7 @@ __device__ __forceinline__ void pair_barrier() { asm volatile("bar.sync 1, 64;" 
 // kPolynomial moves the exponentials of k = 0, a quarter, to the FMA pipe: 4 % faster, more is slower.
 // between(t) is what the caller computes beside token t; after the last one where the loop is not unrolled, since its t
 // must be a constant for the caller's arrays to stay in registers.
-template <bool kPolynomial, int kUnroll, typename Traits, typename Between>
+template <bool kPolynomial, int kUnroll, bool kEndOnly, typename Traits, typename Between>
 __device__ __forceinline__ void walk_chunk(const typename WarpShared<Traits>::Channels& channels,
                                            const typename WarpShared<Traits>::Fragments* bc,
                                            const float (&a)[Traits::kTiles][2][4], float (&h)[Traits::kTiles][2][4],
@@ -153,7 +158,7 @@ __device__ __forceinline__ void walk_chunk(const typename WarpShared<Traits>::Ch
         const float decay = kPolynomial && (r & 1) ? ex2_polynomial(d, a[i][1][r]) : ex2(d * a[i][1][r]);
         h[i][1][r] = fmaf(decay, h[i][1][r], gain1[r]);
       }
-      if constexpr (!Traits::kEndOnly)
+      if constexpr (!kEndOnly)
         mma_k16<__half>(y[i],
                         make_uint4(Pair<__half>::pack(h[i][0][0], h[i][0][1]), Pair<__half>::pack(h[i][0][2], h[i][0][3]),
                                    Pair<__half>::pack(h[i][1][0], h[i][1][1]), Pair<__half>::pack(h[i][1][2], h[i][1][3])),
@@ -172,131 +177,41 @@ __device__ __forceinline__ void walk_chunk(const typename WarpShared<Traits>::Ch
 struct Pieces {
   int count, chunks;  // chunks (of 8 tokens) of a piece; one piece: no first pass
   int walks;          // blocks that walk; those of the merge weights follow
+  int weights;        // so many, then what fills the last cluster
   int slices;         // of each group of merge weights
   float* ends;
   float* sums;
 };
 
-// Grid: images x pieces x tiles of channels, the tile fastest; then merge weights, if any, which fill the gaps of the last
-// round. Until the warps meet in the middle of the piece each leaves its sums (rounded to T) in y; from there on each adds
-// the other's and gates. With cls_index both stop at that token and meet in shared memory; only its piece is walked.
-// kEndOnly: block `piece` walks piece forward and count - 1 - piece backward; those at the end are not needed.
-// Hazard: u delta and h pass through fp16, so |h| must stay below 65,504.
+// Which piece of what a warp walks, and which lane of it this is.
+struct WarpPlace {
+  int dir, lane, g, q;
+  int tile, piece, b;
+  int cls_piece;  // -1: every token
+};
+
 template <typename Traits>
-__global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_kernel(
-    const __grid_constant__ MambaScanParams p, const __grid_constant__ Pieces pieces) {
+using MeetShared = typename Own<Traits::kTiles>::Floats[2][8];  // of class tokens, by direction
+
+// A warp's piece from its first chunk to its last. kEndOnly: only to know the state at its end.
+template <typename Traits, bool kEndOnly>
+__device__ __forceinline__ void walk_piece(const MambaScanParams& p, const Pieces& pieces, const WarpPlace& at,
+                                           const float (&a)[Traits::kTiles][2][4], const float (&limit)[Traits::kOwn],
+                                           bool polynomial, WarpShared<Traits>& shared, MeetShared<Traits>& meet) {
   using T = typename Traits::T;
   using Mine = Own<Traits::kTiles>;
   using Floats = typename Mine::Floats;
   using Bits = typename Mine::Bits;
   constexpr int kTile = Traits::kTile, kSteps = Traits::kSteps, kTiles = Traits::kTiles, kOwn = Traits::kOwn;
   constexpr int kBytes = sizeof(T);
-  __shared__ __align__(16) WarpShared<Traits> warp_shared[2];
-  __shared__ Floats meet[2][8];
-
-  const int block = blockIdx.x;
-  if constexpr (!Traits::kEndOnly) {
-    if (block >= pieces.walks) {
-      using Shared = MergeWeightShared<Traits::kThreads>;
-      static_assert(sizeof(Shared) <= sizeof(warp_shared));
-      const int which = block - pieces.walks, groups = merge_groups(p), group = which / pieces.slices;  // of all images
-      merge_weights_of_group<T, Traits::kThreads, true>(p, group % groups, group / groups,
-                                                        *reinterpret_cast<Shared*>(warp_shared),
-                                                        merge_slice(p, which, pieces.slices));
-      return;
-    }
-  }
-  // opaque to the compiler, which otherwise computes them anew in the loop
-  int dir = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  asm volatile("" : "+r"(dir), "+r"(lane));
-  int g = lane >> 2, q = lane & 3;
-  asm volatile("" : "+r"(g), "+r"(q));
-  auto& shared = warp_shared[dir];
+  const int dir = at.dir, lane = at.lane, g = at.g, q = at.q, tile = at.tile, piece = at.piece, b = at.b;
   const int L = p.seqlen, E = p.d_inner, R = p.dt_rank, tiles = E / Traits::kChannels, cls = p.cls_index;
-  const int tile = block % tiles, all_chunks = (L + 7) >> 3;
-  const int cls_piece = cls < 0 ? -1 : (cls >> 3) / pieces.chunks;
-  int piece, b;
-  if (Traits::kEndOnly) {
-    const int walked = cls < 0 ? pieces.count - 1 : max(cls_piece, pieces.count - 1 - cls_piece);
-    piece = block / tiles % walked, b = block / tiles / walked;
-    if (dir) piece = pieces.count - 1 - piece;
-  } else {
-    const int walked = cls < 0 ? pieces.count : 1;
-    piece = cls < 0 ? block / tiles % walked : cls_piece, b = block / tiles / walked;
-  }
-  const int warp_channel = tile * Traits::kChannels, lane_channel = warp_channel + kOwn * g;
-
-  // ---- weights to shared memory
-  {
-    const int e = dir * E + lane_channel;
-    if (q == 0) {
-      auto& channels = shared.channels[g];
-      channels.skip = *reinterpret_cast<const Floats*>(p.D + e);
-      float bias[kOwn], v[kOwn], taps[4][kOwn];
-      Mine::get(*reinterpret_cast<const Floats*>(p.dt_bias + e), bias);
-#pragma unroll
-      for (int i = 0; i < kTiles; i++)
-        channels.dt_bias[i] = make_float4(bias[2 * i], bias[2 * i], bias[2 * i + 1], bias[2 * i + 1]);
-      Mine::get(*reinterpret_cast<const Floats*>(p.conv_bias + e), v);
-#pragma unroll
-      for (int k = 0; k < kOwn; k++) {
-        const float4 w = load4(p.conv_weight + 4 * (e + k));
-        taps[0][k] = .5f * w.x, taps[1][k] = .5f * w.y, taps[2][k] = .5f * w.z, taps[3][k] = .5f * w.w;
-        v[k] *= .5f;
-      }
-      channels.conv_bias = Mine::make(v);
-#pragma unroll
-      for (int j = 0; j < 4; j++) channels.taps[j] = Mine::make(taps[j]);
-    }
-    const T* weight = static_cast<const T*>(p.dt_weight) + static_cast<int64_t>(e) * R;
-#pragma unroll
-    for (int i = 0; i < kTiles; i++)
-#pragma unroll
-      for (int k = 0; k < kSteps; k++) {
-        const int column = 16 * k + 4 * q;  // beyond dt_rank the rows hold B: weight zero
-        uint2 r0 = make_uint2(0, 0), r1 = r0;
-        if (column < R) {
-          r0 = *reinterpret_cast<const uint2*>(weight + 2 * i * R + column);
-          r1 = *reinterpret_cast<const uint2*>(weight + (2 * i + 1) * R + column);
-        }
-        shared.dt_weight[i][k][lane] = make_uint4(r0.x, r1.x, r0.y, r1.y);
-      }
-#pragma unroll
-    for (int t = 0; t < 8; t++) shared.bc[t][lane] = {};
-  }
-  float a[kTiles][2][4], h[kTiles][2][4];
+  const int all_chunks = (L + 7) >> 3, warp_channel = tile * Traits::kChannels, lane_channel = warp_channel + kOwn * g;
+  float h[kTiles][2][4];
 #pragma unroll
   for (int i = 0; i < kTiles; i++)
 #pragma unroll
-    for (int r = 0; r < 4; r++) {
-      const int64_t row = static_cast<int64_t>(dir) * E + lane_channel + 2 * i + (r >> 1);
-      const float* A = p.A + row * Traits::kStates + q;
-      a[i][0][r] = A[r & 1 ? 4 : 12] * kLog2e, a[i][1][r] = A[r & 1 ? 0 : 8] * kLog2e;
-      h[i][0][r] = h[i][1][r] = 0.f;
-    }
-  // The polynomial wants delta a >= -126 of states 0..3, the flattest of a trained A. delta is clamped for the steepest
-  // of them, for all states; the flattest of all has then lost only decays below 2^(-120/8). Other A take exponentials.
-  float limit[kOwn];
-  bool fits = true;
-#pragma unroll
-  for (int k = 0; k < kOwn; k++) {
-    const int i = k >> 1, r = 2 * (k & 1);
-    float steep = a[i][1][r + 1], flat = fmaxf(fmaxf(a[i][0][r], a[i][0][r + 1]), fmaxf(a[i][1][r], a[i][1][r + 1]));
-#pragma unroll
-    for (int mask = 1; mask < 4; mask *= 2) {
-      steep = fminf(steep, __shfl_xor_sync(~0u, steep, mask));
-      flat = fmaxf(flat, __shfl_xor_sync(~0u, flat, mask));
-    }
-    limit[k] = __fdividef(120.f, -steep);
-    fits = fits && flat <= 0.f && 8.f * flat <= steep && steep < -1e-3f;
-  }
-  const bool polynomial = __all_sync(~0u, fits);
-  if (!polynomial) {
-#pragma unroll
-    for (int k = 0; k < kOwn; k++) limit[k] = FLT_MAX;
-  }
-  wait_for_previous();
-  let_next_start();
+    for (int r = 0; r < 4; r++) h[i][0][r] = h[i][1][r] = 0.f;
 
   // ---- what the first pass leaves of a piece
   const int64_t direction_row = static_cast<int64_t>(dir) * p.batch + b;
@@ -307,15 +222,12 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
   auto piece_sum = [&](int which) {
     return reinterpret_cast<Floats*>(pieces.sums + (direction_row * pieces.count + which) * E + lane_channel);
   };
-  if (Traits::kEndOnly && (dir ? piece <= max(cls_piece, 0) : piece >= (cls < 0 ? pieces.count - 1 : cls_piece)))
-    return;  // nobody needs this one
-
   // ---- addresses. Scan position k of a chunk is token t0 + (dir ? 7 - k : k).
   const int piece_begin = piece * pieces.chunks, piece_end_chunk = min(piece_begin + pieces.chunks, all_chunks);
   const int middle = (piece_end_chunk - piece_begin + 1) >> 1;
   int chunks = piece_end_chunk - piece_begin;
   int meeting = dir ? chunks - middle : middle;  // from here on the other was there
-  if (!Traits::kEndOnly && cls >= 0) {
+  if (!kEndOnly && cls >= 0) {
     chunks = dir ? piece_end_chunk - (cls >> 3) : (cls >> 3) + 1 - piece_begin;
     meeting = INT_MAX;
   }
@@ -384,7 +296,8 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
   for (int k = 0; k < kOwn; k++) delta_sum[k] = 0.f;
 
   stage();
-  if (!Traits::kEndOnly && kTiles == 1) {  // the state before the piece; warps of 32 channels walk L in one
+  if (Traits::kBoth && !kEndOnly) cluster_wait();
+  if (!kEndOnly && kTiles == 1) {  // the state before the piece; warps of 32 channels walk L in one
     const int before = dir ? pieces.count - 1 - piece : piece;
 #pragma unroll 4
     for (int n = 0; n < before; n++) {
@@ -427,7 +340,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
     }
     b_words[0] = make_uint2(half_bits(b_first + 4 * kBytes, T()), half_bits(b_first, T()));
     b_words[1] = make_uint2(half_bits(b_second + 4 * kBytes, T()) << 16, half_bits(b_second, T()) << 16);
-    if constexpr (!Traits::kEndOnly) {
+    if constexpr (!kEndOnly) {
       const uint32_t c0 = half_bits(c_row, T()), c4 = half_bits(c_row + 4 * kBytes, T());
       const uint32_t c8 = half_bits(c_row + 8 * kBytes, T()), c12 = half_bits(c_row + 12 * kBytes, T());
       c_words = make_uint2(__byte_perm(c12, c4, 0x5410), __byte_perm(c8, c0, 0x5410));
@@ -480,7 +393,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
     }
     *reinterpret_cast<uint2*>(b_target) = b_words[0];
     *reinterpret_cast<uint2*>(b_target + 32) = b_words[1];
-    if constexpr (!Traits::kEndOnly) *reinterpret_cast<uint2*>(&c_target->z) = c_words;
+    if constexpr (!kEndOnly) *reinterpret_cast<uint2*>(&c_target->z) = c_words;
   };
   copy_async_wait_all();
   __syncwarp();
@@ -494,14 +407,14 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
   __syncwarp();
 #pragma unroll 1
   for (int left = kept(chunks), until = kept(meeting); left > 0; left--, until--) {
-    if (Traits::kEndOnly) {  // delta is this chunk's until the next one's is read
+    if (kEndOnly) {  // delta is this chunk's until the next one's is read
 #pragma unroll
       for (int k = 0; k < kOwn; k++) delta_sum[k] += delta[k >> 1][2 * (k & 1)] + delta[k >> 1][2 * (k & 1) + 1];
     }
     read();
     __syncwarp();
     stage();
-    if (!Traits::kEndOnly && until <= 0) {
+    if (!kEndOnly && until <= 0) {
       if (until == 0) pair_barrier();
       const bool exists = x_token < zy_limit;
       copy_async_line16(zy_target, z_source, exists);
@@ -510,14 +423,14 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
       if (kTiles == 2) y_source = moved(y_source, y_step);
     }
     if (polynomial)
-      walk_chunk<true, 8, Traits>(*channels, bc, a, h, u_delta, y, make);
+      walk_chunk<true, 8, kEndOnly, Traits>(*channels, bc, a, h, u_delta, y, make);
     else
-      walk_chunk<false, 2, Traits>(*channels, bc, a, h, u_delta, y, make);
+      walk_chunk<false, 2, kEndOnly, Traits>(*channels, bc, a, h, u_delta, y, make);
 
     copy_async_wait_all();
     __syncwarp();
     // ---- sum of the directions, gate, store
-    if (!Traits::kEndOnly) {
+    if (!kEndOnly) {
       float out[2][kOwn];
 #pragma unroll
       for (int s = 0; s < 2; s++)
@@ -547,7 +460,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
     __syncwarp();
   }
 
-  if (Traits::kEndOnly) {
+  if (kEndOnly) {
     float4* ends = piece_end(piece);
 #pragma unroll
     for (int i = 0; i < kTiles; i++)
@@ -573,6 +486,138 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
   }
 }
 
+// Grid: images x pieces x tiles of channels, the tile fastest; then merge weights, if any, which fill the gaps of the last
+// round. Until the warps meet in the middle of the piece each leaves its sums (rounded to T) in y; from there on each adds
+// the other's and gates. With cls_index both stop at that token and meet in shared memory; only its piece is walked.
+// kEndOnly: block `piece` walks piece forward and count - 1 - piece backward; those at the end are not needed.
+// Hazard: u delta and h pass through fp16, so |h| must stay below 65,504.
+template <typename Traits>
+__global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_kernel(
+    const __grid_constant__ MambaScanParams p, const __grid_constant__ Pieces pieces) {
+  using T = typename Traits::T;
+  using Mine = Own<Traits::kTiles>;
+  using Floats = typename Mine::Floats;
+  using Bits = typename Mine::Bits;
+  constexpr int kSteps = Traits::kSteps, kTiles = Traits::kTiles, kOwn = Traits::kOwn;
+  __shared__ __align__(16) WarpShared<Traits> warp_shared[2];
+  __shared__ Floats meet[2][8];
+
+  const int block = blockIdx.x;
+  if constexpr (!Traits::kEndOnly) {
+    if (Traits::kBoth && block >= pieces.walks + pieces.weights) return;
+    if (block >= pieces.walks) {
+      using Shared = MergeWeightShared<Traits::kThreads>;
+      static_assert(sizeof(Shared) <= sizeof(warp_shared));
+      const int which = block - pieces.walks, groups = merge_groups(p), group = which / pieces.slices;  // of all images
+      merge_weights_of_group<T, Traits::kThreads, true>(p, group % groups, group / groups,
+                                                        *reinterpret_cast<Shared*>(warp_shared),
+                                                        merge_slice(p, which, pieces.slices));
+      return;
+    }
+  }
+  // opaque to the compiler, which otherwise computes them anew in the loop
+  int dir = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  asm volatile("" : "+r"(dir), "+r"(lane));
+  int g = lane >> 2, q = lane & 3;
+  asm volatile("" : "+r"(g), "+r"(q));
+  auto& shared = warp_shared[dir];
+  const int E = p.d_inner, R = p.dt_rank, tiles = E / Traits::kChannels, cls = p.cls_index;
+  const int cls_piece = cls < 0 ? -1 : (cls >> 3) / pieces.chunks;
+  int tile = block % tiles, piece, b;
+  if (Traits::kBoth) {
+    piece = block % pieces.count, tile = block / pieces.count % tiles, b = block / pieces.count / tiles;
+  } else if (Traits::kEndOnly) {
+    const int walked = cls < 0 ? pieces.count - 1 : max(cls_piece, pieces.count - 1 - cls_piece);
+    piece = block / tiles % walked, b = block / tiles / walked;
+    if (dir) piece = pieces.count - 1 - piece;
+  } else {
+    const int walked = cls < 0 ? pieces.count : 1;
+    piece = cls < 0 ? block / tiles % walked : cls_piece, b = block / tiles / walked;
+  }
+  const int warp_channel = tile * Traits::kChannels, lane_channel = warp_channel + kOwn * g;
+
+  // ---- weights to shared memory
+  {
+    const int e = dir * E + lane_channel;
+    if (q == 0) {
+      auto& channels = shared.channels[g];
+      channels.skip = *reinterpret_cast<const Floats*>(p.D + e);
+      float bias[kOwn], v[kOwn], taps[4][kOwn];
+      Mine::get(*reinterpret_cast<const Floats*>(p.dt_bias + e), bias);
+#pragma unroll
+      for (int i = 0; i < kTiles; i++)
+        channels.dt_bias[i] = make_float4(bias[2 * i], bias[2 * i], bias[2 * i + 1], bias[2 * i + 1]);
+      Mine::get(*reinterpret_cast<const Floats*>(p.conv_bias + e), v);
+#pragma unroll
+      for (int k = 0; k < kOwn; k++) {
+        const float4 w = load4(p.conv_weight + 4 * (e + k));
+        taps[0][k] = .5f * w.x, taps[1][k] = .5f * w.y, taps[2][k] = .5f * w.z, taps[3][k] = .5f * w.w;
+        v[k] *= .5f;
+      }
+      channels.conv_bias = Mine::make(v);
+#pragma unroll
+      for (int j = 0; j < 4; j++) channels.taps[j] = Mine::make(taps[j]);
+    }
+    const T* weight = static_cast<const T*>(p.dt_weight) + static_cast<int64_t>(e) * R;
+#pragma unroll
+    for (int i = 0; i < kTiles; i++)
+#pragma unroll
+      for (int k = 0; k < kSteps; k++) {
+        const int column = 16 * k + 4 * q;  // beyond dt_rank the rows hold B: weight zero
+        uint2 r0 = make_uint2(0, 0), r1 = r0;
+        if (column < R) {
+          r0 = *reinterpret_cast<const uint2*>(weight + 2 * i * R + column);
+          r1 = *reinterpret_cast<const uint2*>(weight + (2 * i + 1) * R + column);
+        }
+        shared.dt_weight[i][k][lane] = make_uint4(r0.x, r1.x, r0.y, r1.y);
+      }
+#pragma unroll
+    for (int t = 0; t < 8; t++) shared.bc[t][lane] = {};
+  }
+  float a[kTiles][2][4];
+#pragma unroll
+  for (int i = 0; i < kTiles; i++)
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      const int64_t row = static_cast<int64_t>(dir) * E + lane_channel + 2 * i + (r >> 1);
+      const float* A = p.A + row * Traits::kStates + q;
+      a[i][0][r] = A[r & 1 ? 4 : 12] * kLog2e, a[i][1][r] = A[r & 1 ? 0 : 8] * kLog2e;
+    }
+  // The polynomial wants delta a >= -126 of states 0..3, the flattest of a trained A. delta is clamped for the steepest
+  // of them, for all states; the flattest of all has then lost only decays below 2^(-120/8). Other A take exponentials.
+  float limit[kOwn];
+  bool fits = true;
+#pragma unroll
+  for (int k = 0; k < kOwn; k++) {
+    const int i = k >> 1, r = 2 * (k & 1);
+    float steep = a[i][1][r + 1], flat = fmaxf(fmaxf(a[i][0][r], a[i][0][r + 1]), fmaxf(a[i][1][r], a[i][1][r + 1]));
+#pragma unroll
+    for (int mask = 1; mask < 4; mask *= 2) {
+      steep = fminf(steep, __shfl_xor_sync(~0u, steep, mask));
+      flat = fmaxf(flat, __shfl_xor_sync(~0u, flat, mask));
+    }
+    limit[k] = __fdividef(120.f, -steep);
+    fits = fits && flat <= 0.f && 8.f * flat <= steep && steep < -1e-3f;
+  }
+  const bool polynomial = __all_sync(~0u, fits);
+  if (!polynomial) {
+#pragma unroll
+    for (int k = 0; k < kOwn; k++) limit[k] = FLT_MAX;
+  }
+  wait_for_previous();
+  let_next_start();
+  const WarpPlace at = {dir, lane, g, q, tile, piece, b, cls_piece};
+  if constexpr (Traits::kEndOnly || Traits::kBoth) {
+    const bool needed = dir ? piece > max(cls_piece, 0) : piece < (cls < 0 ? pieces.count - 1 : cls_piece);
+    if (needed) walk_piece<Traits, true>(p, pieces, at, a, limit, polynomial, shared, meet);
+  }
+  if constexpr (Traits::kBoth) {
+    cluster_arrive_release();
+    if (cls >= 0 && piece != cls_piece) return;
+  }
+  if constexpr (!Traits::kEndOnly) walk_piece<Traits, false>(p, pieces, at, a, limit, polynomial, shared, meet);
+}
+
 // ---- how to cut the work ----------------------------------------------------------------------------------------
 
 constexpr int kLongSeqlen = 208;      // two passes only beyond
@@ -587,9 +632,9 @@ struct WalkCost {
   double alone, base, each;
   int resident;
 };
-constexpr WalkCost kWide = {227, 45, 152, WalkTraits<__half, 1, 2, false>::kBlocksPerSM};
-constexpr WalkCost kNarrow = {136, 34, 82, WalkTraits<__half, 1, 1, false>::kBlocksPerSM};
-constexpr WalkCost kNarrowEnd = {100, 44, 60, WalkTraits<__half, 1, 1, true>::kBlocksPerSM};
+constexpr WalkCost kWide = {227, 45, 152, WalkTraits<__half, 1, 2, Passes::kWalk>::kBlocksPerSM};
+constexpr WalkCost kNarrow = {136, 34, 82, WalkTraits<__half, 1, 1, Passes::kWalk>::kBlocksPerSM};
+constexpr WalkCost kNarrowEnd = {100, 44, 60, WalkTraits<__half, 1, 1, Passes::kEnds>::kBlocksPerSM};
 constexpr double kRoundCycles = 4800, kChainCycles = 290;  // start, prologue and end of a round; one piece added up
 
 // Rounds of resident blocks. The multiprocessor with the most blocks, and on it the scheduler with the most warps, is the
@@ -606,13 +651,14 @@ double walk_cycles(WalkCost cost, int64_t blocks, int tokens, int processors) {
 struct WalkPlan {
   int tiles;          // m-tiles of a warp
   int count, chunks;  // pieces, chunks of one
+  bool cluster;       // both passes in one kernel, the pieces of a tile in a cluster
   double cycles;      // predicted
 };
 
 WalkPlan plan_one_pass(const MambaScanParams& p, int processors) {
   const int tokens = p.cls_index < 0 ? p.seqlen : std::max(p.cls_index + 1, p.seqlen - p.cls_index);
   const int64_t narrow = static_cast<int64_t>(p.batch) * (p.d_inner / 16);
-  WalkPlan plan = {1, 1, (p.seqlen + 7) / 8, walk_cycles(kNarrow, narrow, tokens, processors)};
+  WalkPlan plan = {1, 1, (p.seqlen + 7) / 8, false, walk_cycles(kNarrow, narrow, tokens, processors)};
   if (p.d_inner % 32 == 0) {
     const double wide = walk_cycles(kWide, narrow / 2, tokens, processors);
     if (wide < plan.cycles) plan.tiles = 2, plan.cycles = wide;
@@ -623,7 +669,9 @@ WalkPlan plan_one_pass(const MambaScanParams& p, int processors) {
 WalkPlan plan_two_passes(const MambaScanParams& p, int processors) {
   const int chunks = (p.seqlen + 7) / 8;
   const int64_t blocks = static_cast<int64_t>(p.batch) * (p.d_inner / 16);
-  WalkPlan best = {1, 1, chunks, DBL_MAX};
+  WalkPlan best = {1, 1, chunks, false, DBL_MAX};
+  const int cluster = largest_cluster<walk_kernel<WalkTraits<__half, 1, 1, Passes::kBoth>>>(64);
+  static const int force = getenv("STM_FORCE") ? atoi(getenv("STM_FORCE")) : 0;
   for (int pieces = 2; pieces <= std::min(kMaxPieces, chunks / 2) && blocks * pieces <= kMaxPieceBlocks; pieces++) {
     const int length = (chunks + pieces - 1) / pieces, count = (chunks + length - 1) / length;
     int64_t ends = blocks * (count - 1), walks = blocks * count;
@@ -633,7 +681,11 @@ WalkPlan plan_two_passes(const MambaScanParams& p, int processors) {
     }
     const double cycles = walk_cycles(kNarrowEnd, ends, 8 * length, processors) +
                           walk_cycles(kNarrow, walks, 8 * length, processors) + kChainCycles * count;
-    if (cycles < best.cycles) best = {1, count, length, cycles};
+    if (cycles < best.cycles && force <= 0) best = {1, count, length, false, cycles};
+    if (force < 0 || count > cluster) continue;
+    const WalkCost sum = {kNarrowEnd.alone + kNarrow.alone, kNarrowEnd.base + kNarrow.base, kNarrowEnd.each + kNarrow.each, kNarrow.resident};
+    const double together = walk_cycles(sum, blocks * count, 8 * length, processors) + kChainCycles * count;
+    if (force > 0 ? pieces == force : together < best.cycles) best = {1, count, length, true, together};
   }
   return best;
 }
@@ -673,11 +725,32 @@ cudaError_t launch_walk(int64_t walks, int64_t weights, cudaStream_t stream, con
   return cudaGetLastError();
 }
 
+template <typename Traits>
+cudaError_t launch_cluster(int64_t walks, int64_t weights, cudaStream_t stream, const MambaScanParams& p,
+                           const Pieces& pieces) {
+  constexpr auto kKernel = walk_kernel<Traits>;
+  const int cluster = pieces.count;
+  const int64_t blocks = walks + (weights + cluster - 1) / cluster * cluster;
+  if (blocks > INT_MAX) return cudaErrorInvalidValue;
+  if (largest_cluster<kKernel>(Traits::kThreads) < cluster) return cudaErrorInvalidConfiguration;
+  static const int early = getenv("STM_EARLY") ? atoi(getenv("STM_EARLY")) : -1;
+  const bool dependent = early >= 0 ? early : walks > int64_t{Traits::kBlocksPerSM - 1} * processors_of_device();
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = Traits::kThreads, config.stream = stream;
+  config.attrs = attributes, config.numAttrs = dependent ? 2 : 1;
+  return cudaLaunchKernelEx(&config, kKernel, p, pieces);
+}
+
 template <typename T, int kSteps>
 cudaError_t launch(const MambaScanParams& p, const WalkPlan& plan, cudaStream_t stream) {
-  if (p.row > WalkTraits<T, kSteps, 1, false>::kMaxRow) return cudaErrorInvalidValue;
+  if (p.row > WalkTraits<T, kSteps, 1, Passes::kWalk>::kMaxRow) return cudaErrorInvalidValue;
   const int64_t tiles = static_cast<int64_t>(p.batch) * (p.d_inner / (16 * plan.tiles));
-  Pieces pieces = {plan.count, plan.chunks, 0, 1, nullptr, nullptr};
+  Pieces pieces = {plan.count, plan.chunks, 0, 0, 1, nullptr, nullptr};
   int64_t blocks = tiles * plan.count;
   if (plan.count > 1) {
     if (!p.workspace) return cudaErrorInvalidValue;
@@ -688,8 +761,11 @@ cudaError_t launch(const MambaScanParams& p, const WalkPlan& plan, cudaStream_t 
       const int piece = p.cls_index / 8 / plan.chunks;
       ends = tiles * std::max(piece, plan.count - 1 - piece), blocks = tiles;
     }
-    const cudaError_t status = launch_walk<WalkTraits<T, kSteps, 1, true>>(ends, 0, stream, p, pieces);
+    if (plan.cluster) blocks = tiles * plan.count;
+    else {
+    const cudaError_t status = launch_walk<WalkTraits<T, kSteps, 1, Passes::kEnds>>(ends, 0, stream, p, pieces);
     if (status != cudaSuccess) return status;
+    }
   }
   if (blocks > INT_MAX) return cudaErrorInvalidValue;
   pieces.walks = static_cast<int>(blocks);
@@ -699,8 +775,10 @@ cudaError_t launch(const MambaScanParams& p, const WalkPlan& plan, cudaStream_t 
     pieces.slices = slices_of_a_group(p.d_inner, groups, blocks, int64_t{resident} * processors, processors);
   }
   const int64_t weights = groups * pieces.slices;
-  return plan.tiles == 2 ? launch_walk<WalkTraits<T, kSteps, 2, false>>(blocks, weights, stream, p, pieces)
-                         : launch_walk<WalkTraits<T, kSteps, 1, false>>(blocks, weights, stream, p, pieces);
+  pieces.weights = static_cast<int>(weights);
+  if (plan.cluster) return launch_cluster<WalkTraits<T, kSteps, 1, Passes::kBoth>>(blocks, weights, stream, p, pieces);
+  return plan.tiles == 2 ? launch_walk<WalkTraits<T, kSteps, 2, Passes::kWalk>>(blocks, weights, stream, p, pieces)
+                         : launch_walk<WalkTraits<T, kSteps, 1, Passes::kWalk>>(blocks, weights, stream, p, pieces);
 }
 
 template <typename T>

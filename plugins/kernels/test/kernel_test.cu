@@ -1,6 +1,6 @@
 // kernel_test.cu: every kernel, tactic and type against a float64 reference on the CPU; with --time, how long they
 // take.
-//   kernel_test [--quick] [--time] [--only conv|scan|norm|patch] [--type fp32|fp16|bf16] [--verbose]
+//   kernel_test [--quick] [--time [--size MODEL:BATCH:TOKENS]...] [--only conv|scan|norm|patch] [--type fp32|fp16|bf16] [--verbose]
 // Outputs start as NaN, with canaries behind them; each case runs twice, the second time from a captured graph, and
 // both results must be equal bit for bit. The reference gets the inputs as rounded to T. Exit code 1 after a failure.
 #include <cuda_bf16.h>
@@ -161,6 +161,7 @@ struct Options {
   double soak = 0;      // seconds
   bool shared = false;  // others use the card: what the soak leaves of its memory says nothing
   std::string only, type;
+  std::vector<std::string> sizes;  // to time, instead of all
 } options;
 
 struct Group {
@@ -1234,6 +1235,24 @@ void time_patches(int batch, int side, int stride, DataType T) {
               us / std::max(floor, 0.9));
 }
 
+// "S:1:788" is ViM-S, batch 1, 788 tokens, in fp16 or what --type says.
+bool time_size(const std::string& size) {
+  char name[3] = {};
+  int batch = 0, tokens = 0, end = 0;
+  if (std::sscanf(size.c_str(), "%2[TiSB]:%d:%d%n", name, &batch, &tokens, &end) != 3 || end != static_cast<int>(size.size()) ||
+      batch < 1 || tokens < 1)
+    return false;
+  for (const Model& m : kModels)
+    if (m.name == std::string(name)) {
+      DataType type = DataType::kFloat16;
+      for (DataType T : kTypes)
+        if (options.type == name_of(T)) type = T;
+      time_layer(m.name, m.d_inner, m.dt_rank, batch, tokens, type);
+      return true;
+    }
+  return false;
+}
+
 void time_all() {
   std::printf("Floors: 3.0 TB/s, 4.15 T special-function operations a second (facts/perf.md), a launch is 0.9 us.\n");
   if (wanted("patch")) {
@@ -1259,7 +1278,7 @@ void time_all() {
 }  // namespace
 
 const char kUsage[] =
-    "usage: kernel_test [--quick] [--time] [--soak SECONDS [--shared]] [--only conv|scan|norm|patch] [--type fp32|fp16|bf16] [--verbose]";
+    "usage: kernel_test [--quick] [--time [--size Ti|S|B:BATCH:TOKENS]...] [--soak SECONDS [--shared]] [--only conv|scan|norm|patch] [--type fp32|fp16|bf16] [--verbose]";
 
 int main(int argc, char** argv) {
   for (int i = 1; i < argc; i++) {
@@ -1270,6 +1289,7 @@ int main(int argc, char** argv) {
     else if (a == "--soak" && i + 1 < argc) options.soak = std::atof(argv[++i]);
     else if (a == "--shared") options.shared = true;
     else if (a == "--only" && i + 1 < argc) options.only = argv[++i];
+    else if (a == "--size" && i + 1 < argc) options.sizes.push_back(argv[++i]);
     else if (a == "--type" && i + 1 < argc) options.type = argv[++i];
     else {
       std::printf("unknown option '%s'\n%s\n", a.c_str(), kUsage);
@@ -1280,7 +1300,12 @@ int main(int argc, char** argv) {
   CHECK_CUDA(cudaGetDeviceProperties(&device, 0));
   std::printf("%s, sm_%d%d, kernel version %d\n", device.name, device.major, device.minor, kKernelVersion);
   if (options.time) {
-    time_all();
+    for (const std::string& size : options.sizes)
+      if (!time_size(size)) {
+        std::printf("--size %s: not MODEL:BATCH:TOKENS, such as S:1:788 (models Ti, S, B)\n", size.c_str());
+        return 2;
+      }
+    if (options.sizes.empty()) time_all();
     return 0;
   }
   if (options.soak > 0) soak(options.soak);
