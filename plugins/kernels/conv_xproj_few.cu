@@ -57,6 +57,11 @@ __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #endif
 }
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait;" ::: "memory");
+#endif
+}
 // To the same place in a block of the cluster, counted by its barrier.
 __device__ __forceinline__ void send(unsigned block, float4* place, uint64_t* barrier, float4 v) {
 #if __CUDA_ARCH__ >= 900

@@ -99,13 +99,16 @@ STM_WGMMA(__nv_bfloat16, "bf16", 10, "80", STM_R40, "%40", "%41", "%42", STM_D40
 #undef STM_R24
 #undef STM_D4
 
-struct Taps {  // of a lane's two channels, forward and backward, halved for SiLU
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+
+struct Taps {  // of a lane's two channels, forward and backward, halved for silu_of_half
   float4 forward0, forward1, backward0, backward1;
   float2 forward_bias, backward_bias;
 };
 
 __device__ __forceinline__ float4 half_of(float4 v) { return make_float4(.5f * v.x, .5f * v.y, .5f * v.z, .5f * v.w); }
-__device__ __forceinline__ float2 half_of(float2 v) { return make_float2(.5f * v.x, .5f * v.y); }
 
 // The window of x as a lane slides along tokens: rows as they lie in shared memory, and unpacked.
 struct Window {
@@ -122,10 +125,11 @@ __device__ __forceinline__ void conv_start(Window& window, const unsigned char* 
 }
 
 // u of tokens kFrom .. kTo - 1 of a run in one image, as far as it has `count`, for rows first_row .. of the warp's 16.
-// x is the lane's two channels of the token three before the first; u the warp's rows, of the second direction u_pitch on.
-template <typename T, int kFrom, int kTo>
-__device__ __forceinline__ void conv_tokens(Window& window, const unsigned char* x, unsigned char* u, int u_pitch,
-                                            int lane_place, int first_row, int count, const Taps& w) {
+// x is the lane's two channels of the token three before the first; u the address of its place in row 0 of the warp's, where
+// an eighth of a row has its own number; those of the second direction lie kPitch bytes on.
+template <typename T, int kPitch, int kFrom, int kTo>
+__device__ __forceinline__ void conv_tokens(Window& window, const unsigned char* x, uint32_t u, int first_row, int count,
+                                            const Taps& w) {
   constexpr int kNext = 2 * kHalo + kAheadRows;
   auto& v = window.v;
 #pragma unroll
@@ -145,10 +149,10 @@ __device__ __forceinline__ void conv_tokens(Window& window, const unsigned char*
     const uint32_t forward = Pair<T>::pack(silu_of_half(s0), silu_of_half(s1));
     const uint32_t backward = Pair<T>::pack(silu_of_half(r0), silu_of_half(r1));
     const int row = first_row + t;
-    unsigned char* const to = u + row * kLine + (lane_place ^ ((row & 7) << 4));
+    const uint32_t to = (u ^ ((row & 7) << 4)) + row * kLine;
     if (t % 2 == 0 || t < count) {
-      *reinterpret_cast<uint32_t*>(to) = forward;
-      *reinterpret_cast<uint32_t*>(to + u_pitch) = backward;
+      store_shared(to, forward);
+      store_shared(to + kPitch, backward);
     }
   }
 }
@@ -202,7 +206,7 @@ __device__ __forceinline__ void wgmma_tile(const ConvXProjParams& p, int tokens)
   int* const sources = reinterpret_cast<int*>(shared + Traits::kSources);
 
   if (tid == 0) {
-    for (int s = 0; s < kXSlots; s++) barrier_init(x_full + 8 * s, 32 * kBringers), barrier_init(x_empty + 8 * s, kWarps);
+    for (int s = 0; s < kXSlots; s++) barrier_init(x_full + 8 * s, 33 * kBringers), barrier_init(x_empty + 8 * s, kWarps);
     for (int s = 0; s < kWeightSlots; s++) barrier_init(weights_full + 8 * s, kBringers), barrier_init(weights_empty + 8 * s, kWarps);
     for (int g = 0; g < kWarpgroups; g++) barrier_init(weights_empty + 8 * (kWeightSlots + g), 4);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -217,7 +221,7 @@ __device__ __forceinline__ void wgmma_tile(const ConvXProjParams& p, int tokens)
   let_next_start();
 
   if (warp >= kWarps) {  // ---- brings
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 48;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
     constexpr int kRowsAtOnce = 4 * kBringers, kXCopies = (kRows + kRowsAtOnce - 1) / kRowsAtOnce;
     const int thread = tid - 32 * kWarps, first_row = thread >> 3, piece = thread & 7;
     const uint4* x_at = static_cast<const uint4*>(p.xz) + piece;
@@ -226,6 +230,8 @@ __device__ __forceinline__ void wgmma_tile(const ConvXProjParams& p, int tokens)
     const float* taps_at = p.conv_weight + 4 * (tap_dir * E + tap);
     const float* bias_at = p.conv_bias + (thread / (kDepth / 4)) * E + 4 * (thread % (kDepth / 4));
     const int taps_place = tap_dir * (kDepth * 16) + (tap & 1) * (kDepth * 8) + (tap >> 1) * 16;
+    const bool brings_bias = thread < kDepth / 2;
+    float4 next_taps = load4(taps_at), next_bias = brings_bias ? load4(bias_at) : next_taps;  // of the next step
     const int weight_step = kRowsAtOnce * (E / 8), weight_place = first_row * kLine + ((piece ^ (first_row & 7)) << 4);
     int source[kXCopies];
 #pragma unroll
@@ -247,11 +253,17 @@ __device__ __forceinline__ void wgmma_tile(const ConvXProjParams& p, int tokens)
         for (int i = 0; i < kXCopies; i++)  // rows of zeros are made here, too
           if (kRowsAtOnce * i < x_rows)
             copy_async16(to + i * (kRowsAtOnce * kLine), x_at + static_cast<unsigned>(max(source[i], 0)), source[i] >= 0);
-        unsigned char* const taps = shared + Traits::kTaps + x.slot * Traits::kTapsSlot;
-        copy_async16(taps + taps_place, taps_at, true);
-        if (thread < kDepth / 2) copy_async16(taps + Traits::kBias + thread * 16, bias_at, true);
         barrier_arrive_after_copies(x_full + 8 * x.slot);
+        unsigned char* const taps = shared + Traits::kTaps + x.slot * Traits::kTapsSlot;
+        *reinterpret_cast<float4*>(taps + taps_place) = half_of(next_taps);
+        if (brings_bias) *reinterpret_cast<float4*>(taps + Traits::kBias + thread * 16) = half_of(next_bias);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(x_full + 8 * x.slot);
         x_at += kDepth / 8, taps_at += 4 * kDepth, bias_at += kDepth;
+        if (step + 1 < steps) {
+          next_taps = load4(taps_at);
+          if (brings_bias) next_bias = load4(bias_at);
+        }
         x.next();
       }
       barrier_wait(weights_empty + 8 * w.slot, w.phase ^ 1);
@@ -283,8 +295,9 @@ __device__ __forceinline__ void wgmma_tile(const ConvXProjParams& p, int tokens)
   const int count = max(min(tile_first + (warp + 1) * tokens / kWarps, tile_end) - first, 0);
   const int in_first_image = count == 0 ? 0 : min(count, L - first % L);
   const int first_row = count == 0 ? 0 : padded(first) - kHalo - x_first;
-  unsigned char* const u_rows = shared + warp * (kRun * kLine);
-  const int lane_place = (lane >> 2 << 4) + (lane & 3) * 4;
+  // A lane's places: of its two channels in x, in u (row 0 of its warp), in the taps.
+  const int x_place = kept(first_row * kLine + lane * 4), taps_place = kept(Traits::kTaps + lane * 16);
+  const int u_place = kept(shared_at + warp * (kRun * kLine) + (lane >> 2 << 4) + (lane & 3) * 4);
   float sums[2][4 * kTiles];
 
   Ring<kXSlots> x_ring;
@@ -311,29 +324,29 @@ __device__ __forceinline__ void wgmma_tile(const ConvXProjParams& p, int tokens)
 #pragma unroll 1
   for (int step = 0; step < steps; step++) {
     barrier_wait(x_full + 8 * x_ring.slot, x_ring.phase);
-    const unsigned char* x = shared + Traits::kX + x_ring.slot * Traits::kXSlot + first_row * kLine + lane * 4;
-    unsigned char* const u = u_rows + (step & 1) * (2 * Traits::kU);
+    const unsigned char* x = shared + Traits::kX + x_ring.slot * Traits::kXSlot + x_place;
+    const uint32_t u = u_place + (step & 1) * (2 * Traits::kU);
     Taps taps;
     {
-      const unsigned char* const at = shared + Traits::kTaps + x_ring.slot * Traits::kTapsSlot;
-      const float4* w = reinterpret_cast<const float4*>(at) + lane;
-      const float2* bias = reinterpret_cast<const float2*>(at + Traits::kBias) + lane;
-      taps.forward0 = half_of(w[0]), taps.forward1 = half_of(w[kDepth / 2]);
-      taps.backward0 = half_of(w[kDepth]), taps.backward1 = half_of(w[kDepth + kDepth / 2]);
-      taps.forward_bias = half_of(bias[0]), taps.backward_bias = half_of(bias[kDepth / 2]);
+      const unsigned char* const at = shared + x_ring.slot * Traits::kTapsSlot + taps_place;
+      const float4* w = reinterpret_cast<const float4*>(at);
+      const float2* bias = reinterpret_cast<const float2*>(at + Traits::kBias - lane * 8);
+      taps.forward0 = w[0], taps.forward1 = w[kDepth / 2];
+      taps.backward0 = w[kDepth], taps.backward1 = w[kDepth + kDepth / 2];
+      taps.forward_bias = bias[0], taps.backward_bias = bias[kDepth / 2];
     }
     Window window;
     conv_start<T>(window, x);
-    conv_tokens<T, 0, kRun / 2>(window, x, u, Traits::kU, lane_place, 0, in_first_image, taps);
+    conv_tokens<T, Traits::kU, 0, kRun / 2>(window, x, u, 0, in_first_image, taps);
     if (step > 0) multiply(step - 1);  // in the middle: nobody waits for the slowest of the four, nor for the products
     if (in_first_image > kRun / 2)
-      conv_tokens<T, kRun / 2, kRun>(window, x, u, Traits::kU, lane_place, 0, in_first_image, taps);
+      conv_tokens<T, Traits::kU, kRun / 2, kRun>(window, x, u, 0, in_first_image, taps);
 #pragma unroll 1
     for (int done = in_first_image; done < count; done += L) {
       x += (done == in_first_image ? in_first_image + kHalo : L + kHalo) * kLine;
       Window other;
       conv_start<T>(other, x);
-      conv_tokens<T, 0, kRun>(other, x, u, Traits::kU, lane_place, done, min(count - done, L), taps);
+      conv_tokens<T, Traits::kU, 0, kRun>(other, x, u, done, min(count - done, L), taps);
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(x_empty + 8 * x_ring.slot);
@@ -351,29 +364,21 @@ __device__ __forceinline__ void wgmma_tile(const ConvXProjParams& p, int tokens)
   wgmma_wait<0>();
   pin(sums[0]);
   pin(sums[1]);
-  asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
 
-  // Through shared memory, a step of the warpgroup's own u, to be written in rows.
+  // A lane has columns 8 n + 2 q, + 1 of rows g and g + 8.
   const int g = lane >> 2, q = lane & 3;
-  T* const out = static_cast<T*>(p.x_dbl);
 #pragma unroll
-  for (int dir = 0; dir < 2; dir++) {
-    unsigned char* const mine = u_rows + dir * Traits::kU;
+  for (int dir = 0; dir < 2; dir++)
 #pragma unroll
-    for (int n = 0; n < kTiles; n++)
+    for (int half = 0; half < 2; half++) {
+      if (8 * half + g >= count) continue;
+      T* const out = static_cast<T*>(p.x_dbl) + (static_cast<int64_t>(dir) * total + first + 8 * half + g) * row + 2 * q;
 #pragma unroll
-      for (int half = 0; half < 2; half++)
-        *reinterpret_cast<uint32_t*>(mine + (n >= 8 ? 2 * Traits::kU : 0) + (8 * half + g) * kLine + (((n & 7) ^ g) << 4) + 4 * q) =
-            Pair<T>::pack(sums[dir][4 * n + 2 * half], sums[dir][4 * n + 2 * half + 1]);
-    __syncwarp();
-#pragma unroll 2
-    for (int i = lane; i < kRun * kTiles; i += 32) {
-      const int t = i / kTiles, n = i % kTiles;
-      if (t < count && 8 * n < row)
-        *reinterpret_cast<uint4*>(out + (static_cast<int64_t>(dir) * total + first + t) * row + 8 * n) =
-            *reinterpret_cast<const uint4*>(mine + (n >= 8 ? 2 * Traits::kU : 0) + t * kLine + (((n & 7) ^ (t & 7)) << 4));
+      for (int n = 0; n < kTiles; n++)
+        if (8 * n < row)
+          *reinterpret_cast<uint32_t*>(out + 8 * n) =
+              Pair<T>::pack(sums[dir][4 * n + 2 * half], sums[dir][4 * n + 2 * half + 1]);
     }
-  }
 }
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
@@ -403,9 +408,9 @@ cudaError_t launch(const ConvXProjParams& p, cudaStream_t stream) {
   const cudaError_t status = allow_shared<wgmma_kernel<Traits>>(Traits::kBytes);
   if (status != cudaSuccess) return status;
   const int tokens = tokens_of_tile(p, processors_of_device());
-  // Not launch_dependent: see conv_xproj_many.cu.
-  wgmma_kernel<Traits><<<static_cast<unsigned>((total + tokens - 1) / tokens), kThreads, Traits::kBytes, stream>>>(p, tokens);
-  return cudaGetLastError();
+  // One block a multiprocessor, so none can pile up where the kernel before has left.
+  return launch_dependent<wgmma_kernel<Traits>>(dim3(static_cast<unsigned>((total + tokens - 1) / tokens)), dim3(kThreads),
+                                                Traits::kBytes, stream, p, tokens);
 }
 
 template <typename T>

@@ -93,6 +93,20 @@ cudaError_t with_half_type(DataType type, Run run) {
   return cudaErrorInvalidValue;
 }
 
+// ---- registers ------------------------------------------------------------------------------------------------------
+
+// The same value or address, kept in a register: the compiler would compute it anew in every turn of a loop.
+__device__ __forceinline__ int kept(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+template <typename P>
+__device__ __forceinline__ P* kept(P* shared) {
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("" : "+r"(address));
+  return static_cast<P*>(__cvta_shared_to_generic(address));
+}
+
 // ---- fast functions ---------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float ex2(float x) {

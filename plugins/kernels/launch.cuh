@@ -1,4 +1,5 @@
-// launch.cuh: programmatic dependent launch, so that a kernel's start and first loads hide behind the end of the one before.
+// launch.cuh: programmatic dependent launch, so that a kernel's start and first loads hide behind the end of the one before,
+// and launches whose blocks wait for each other.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -65,18 +66,6 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 
-// The blocks of a cluster meet: what a thread wrote before it arrived is seen by those that have waited. From sm_90 on.
-__device__ __forceinline__ void cluster_arrive_release() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-#endif
-}
-
 // Whether the code that this device runs for the kernel has the wait: compiled for sm_90 or later, and the device is one.
 // Asked once a kernel and device.
 template <auto kKernel>
@@ -97,36 +86,6 @@ bool can_overlap() {
   return answer == 2;
 }
 
-// The largest cluster of blocks of so many threads that the kernel can be launched with: 16, 8 (all devices that have clusters)
-// or 0. Asked once a kernel and device; from then on the kernel may be launched with clusters of more than 8.
-template <auto kKernel>
-int largest_cluster(int threads) {
-  constexpr int kDevices = 64;
-  static std::atomic<signed char> known[kDevices];  // one more than the answer
-  int device = 0;
-  if (!can_overlap<kKernel>() || cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
-  signed char answer = known[device].load(std::memory_order_relaxed);
-  if (answer == 0) {
-    answer = 1;
-    for (int blocks = 16; blocks >= 8 && answer == 1; blocks -= 8) {
-      if (blocks > 8 && cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) {
-        cudaGetLastError();
-        continue;
-      }
-      cudaLaunchAttribute attribute{};
-      attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim.x = blocks, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-      cudaLaunchConfig_t config{};
-      config.gridDim = dim3(blocks), config.blockDim = dim3(threads), config.attrs = &attribute, config.numAttrs = 1;
-      int clusters = 0;
-      if (cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config) != cudaSuccess) cudaGetLastError();
-      else if (clusters > 0) answer = static_cast<signed char>(blocks + 1);
-    }
-    known[device].store(answer, std::memory_order_relaxed);
-  }
-  return answer - 1;
-}
-
 // launch_dependent<kernel>(grid, block, shared bytes, stream, arguments...)
 template <auto kKernel, typename... Arguments>
 cudaError_t launch_dependent(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
@@ -136,6 +95,40 @@ cudaError_t launch_dependent(dim3 grid, dim3 block, size_t shared_bytes, cudaStr
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
   config.attrs = &attribute, config.numAttrs = can_overlap<kKernel>() ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kKernel, std::forward<Arguments>(arguments)...);
+}
+
+// Blocks of the kernel, of so many threads and without dynamic shared memory, that the current device runs at once; 0 where
+// it cannot promise to. Asked once a kernel and device.
+template <auto kKernel>
+int blocks_at_once(int threads) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];  // one more than the answer
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
+  int answer = known[device].load(std::memory_order_relaxed);
+  if (answer == 0) {
+    int blocks = 0;
+    if (!device_attribute(cudaDevAttrCooperativeLaunch, 0) ||
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, threads, 0) != cudaSuccess) {
+      cudaGetLastError();
+      blocks = 0;
+    }
+    answer = blocks * processors_of_device() + 1;
+    known[device].store(answer, std::memory_order_relaxed);
+  }
+  return answer - 1;
+}
+
+// A kernel whose blocks wait for each other: all run at once, or it is cudaErrorCooperativeLaunchTooLarge.
+template <auto kKernel, typename... Arguments>
+cudaError_t launch_resident(dim3 grid, dim3 block, cudaStream_t stream, Arguments&&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kKernel, std::forward<Arguments>(arguments)...);
 }
 

@@ -27,10 +27,14 @@ struct MambaScanParams {  // contiguous; extents in elements
   void* y;                    // (batch, seqlen or 1, d_inner), T
   float* merge_weights;       // (batch, nb_pairs), or null
   void* workspace;            // mamba_scan_workspace_bytes
+  void* meetings;             // kMeetingBytes, as merge_scratch. Two passes over L meet there within one kernel; with null they
+                              // are two
   void* merge_scratch;        // kMergeScratchBytes, zero before the first call that uses them; calls that share them must not
                               // overlap. Blocks that share the weights of a few pairs meet there; with null, one block has
                               // them, which is slower and rounds differently
 };
+constexpr int32_t kMeetings = 768;  // of 16 channels of an image each
+constexpr size_t kMeetingBytes = 2 * kMeetings * sizeof(uint32_t);
 constexpr int32_t kMergeBlocks = 1024;  // that can meet: a ticket and the sums of eight pairs for each
 constexpr size_t kMergeScratchBytes = kMergeBlocks * (sizeof(int32_t) + 8 * 2 * sizeof(float));
 

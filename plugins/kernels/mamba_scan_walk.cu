@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cfloat>
 #include <climits>
-#include <cstdlib>
 #include <cstddef>
 #include <type_traits>
 
@@ -17,7 +16,7 @@
 namespace stm {
 namespace {
 
-// What of two passes over L a kernel does: the second (or all there is, in one pass), the first, both in a cluster.
+// What of two passes over L a kernel does: the second (or all there is, in one pass), the first, both.
 enum class Passes { kWalk, kEnds, kBoth };
 
 template <typename T_, int kSteps_, int kTiles_, Passes kPasses>
@@ -110,18 +109,6 @@ __device__ __forceinline__ P* moved(P* pointer, int& step) {
   return pointer + step;
 }
 
-// The same value or address, kept in a register: the compiler would compute it anew in every chunk.
-__device__ __forceinline__ int kept(int v) {
-  asm volatile("" : "+r"(v));
-  return v;
-}
-template <typename P>
-__device__ __forceinline__ P* kept(P* shared) {
-  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("" : "+r"(address));
-  return static_cast<P*>(__cvta_shared_to_generic(address));
-}
-
 // The forward and the backward warp meet. An immediate barrier number, else the compiler books all 16.
 __device__ __forceinline__ void pair_barrier() { asm volatile("bar.sync 1, 64;" ::: "memory"); }
 
@@ -177,11 +164,18 @@ __device__ __forceinline__ void walk_chunk(const typename WarpShared<Traits>::Ch
 struct Pieces {
   int count, chunks;  // chunks (of 8 tokens) of a piece; one piece: no first pass
   int walks;          // blocks that walk; those of the merge weights follow
-  int weights;        // so many, then what fills the last cluster
   int slices;         // of each group of merge weights
   float* ends;
   float* sums;
+  uint32_t* meetings; // of a kernel of both passes, by image and tile: ends that are there, warps that have read them
 };
+
+// What is read after it was written before the value that this returns.
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
+  uint32_t v;
+  asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
 
 // Which piece of what a warp walks, and which lane of it this is.
 struct WarpPlace {
@@ -222,6 +216,8 @@ __device__ __forceinline__ void walk_piece(const MambaScanParams& p, const Piece
   auto piece_sum = [&](int which) {
     return reinterpret_cast<Floats*>(pieces.sums + (direction_row * pieces.count + which) * E + lane_channel);
   };
+  uint32_t* const meeting_point = pieces.meetings + 2 * (b * tiles + tile);
+
   // ---- addresses. Scan position k of a chunk is token t0 + (dir ? 7 - k : k).
   const int piece_begin = piece * pieces.chunks, piece_end_chunk = min(piece_begin + pieces.chunks, all_chunks);
   const int middle = (piece_end_chunk - piece_begin + 1) >> 1;
@@ -296,8 +292,7 @@ __device__ __forceinline__ void walk_piece(const MambaScanParams& p, const Piece
   for (int k = 0; k < kOwn; k++) delta_sum[k] = 0.f;
 
   stage();
-  if (Traits::kBoth && !kEndOnly) cluster_wait();
-  if (!kEndOnly && kTiles == 1) {  // the state before the piece; warps of 32 channels walk L in one
+  auto add_pieces_before = [&] {  // the state before the piece; warps of 32 channels walk L in one
     const int before = dir ? pieces.count - 1 - piece : piece;
 #pragma unroll 4
     for (int n = 0; n < before; n++) {
@@ -315,7 +310,8 @@ __device__ __forceinline__ void walk_piece(const MambaScanParams& p, const Piece
           for (int r = 0; r < 4; r++) h[i][j][r] = fmaf(ex2(sum[2 * i + (r >> 1)] * a[i][j][r]), h[i][j][r], end[r]);
         }
     }
-  }
+  };
+  if (!Traits::kBoth && !kEndOnly && kTiles == 1) add_pieces_before();
 
   // What a chunk needs before its walk: read from shared memory, made beside the walk of the chunk before, written when
   // that one no longer reads it.
@@ -403,6 +399,16 @@ __device__ __forceinline__ void walk_piece(const MambaScanParams& p, const Piece
 #pragma unroll
   for (int slice = 0; slice < 8; slice++) make(slice);
   write();
+  if constexpr (Traits::kBoth && !kEndOnly) {
+    if (piece != (dir ? pieces.count - 1 : 0)) {
+      if (lane == 0)
+        while (load_acquire(meeting_point) < static_cast<uint32_t>((cls < 0 ? 2 : 1) * (pieces.count - 1))) {}
+      __syncwarp();
+      add_pieces_before();
+    }
+    if (lane == 0 && atomicAdd(meeting_point + 1, 1u) == (cls < 0 ? 2u * pieces.count : 2u) - 1)
+      meeting_point[0] = meeting_point[1] = 0;  // for the next call
+  }
   copy_async_wait_all();
   __syncwarp();
 #pragma unroll 1
@@ -472,6 +478,11 @@ __device__ __forceinline__ void walk_piece(const MambaScanParams& p, const Piece
       delta_sum[k] += __shfl_xor_sync(~0u, delta_sum[k], 2);
     }
     if (q == 0) *piece_sum(piece) = Mine::make(delta_sum);
+    if (Traits::kBoth) {
+      __threadfence();
+      __syncwarp();
+      if (lane == 0) atomicAdd(meeting_point, 1u);
+    }
     return;
   }
   if (meeting >= chunks) pair_barrier();
@@ -489,7 +500,9 @@ __device__ __forceinline__ void walk_piece(const MambaScanParams& p, const Piece
 // Grid: images x pieces x tiles of channels, the tile fastest; then merge weights, if any, which fill the gaps of the last
 // round. Until the warps meet in the middle of the piece each leaves its sums (rounded to T) in y; from there on each adds
 // the other's and gates. With cls_index both stop at that token and meet in shared memory; only its piece is walked.
-// kEndOnly: block `piece` walks piece forward and count - 1 - piece backward; those at the end are not needed.
+// kEnds: block `piece` walks piece forward and count - 1 - piece backward; those at the end are not needed.
+// kBoth: the piece is the fastest; a warp leaves its piece's end, waits for those of its image and tile, and walks the piece
+// again. All blocks must be resident.
 // Hazard: u delta and h pass through fp16, so |h| must stay below 65,504.
 template <typename Traits>
 __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_kernel(
@@ -504,7 +517,6 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
 
   const int block = blockIdx.x;
   if constexpr (!Traits::kEndOnly) {
-    if (Traits::kBoth && block >= pieces.walks + pieces.weights) return;
     if (block >= pieces.walks) {
       using Shared = MergeWeightShared<Traits::kThreads>;
       static_assert(sizeof(Shared) <= sizeof(warp_shared));
@@ -612,7 +624,6 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
     if (needed) walk_piece<Traits, true>(p, pieces, at, a, limit, polynomial, shared, meet);
   }
   if constexpr (Traits::kBoth) {
-    cluster_arrive_release();
     if (cls >= 0 && piece != cls_piece) return;
   }
   if constexpr (!Traits::kEndOnly) walk_piece<Traits, false>(p, pieces, at, a, limit, polynomial, shared, meet);
@@ -623,6 +634,8 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
 constexpr int kLongSeqlen = 208;      // two passes only beyond
 constexpr int kMaxPieces = 64;        // a piece's walk begins by adding up all before it
 constexpr int kMaxPieceBlocks = 1536; // more than are resident on the largest cards; bounds the workspace
+static_assert(kMeetingBytes == 2 * sizeof(uint32_t) * kMeetings);
+static_assert(2 * kMeetings >= kMaxPieceBlocks);  // two pieces at least
 constexpr int kPieceBlockBytes = 2 * 16 * (16 + 1) * static_cast<int>(sizeof(float));  // of a block's two warps
 
 // Cycles that a token takes w warps of one scheduler: alone, or base + w each; and how many blocks a multiprocessor holds.
@@ -636,6 +649,7 @@ constexpr WalkCost kWide = {227, 45, 152, WalkTraits<__half, 1, 2, Passes::kWalk
 constexpr WalkCost kNarrow = {136, 34, 82, WalkTraits<__half, 1, 1, Passes::kWalk>::kBlocksPerSM};
 constexpr WalkCost kNarrowEnd = {100, 44, 60, WalkTraits<__half, 1, 1, Passes::kEnds>::kBlocksPerSM};
 constexpr double kRoundCycles = 4800, kChainCycles = 290;  // start, prologue and end of a round; one piece added up
+constexpr double kMeetCycles = 1000, kMeetFactor = 1.02;   // of both passes in one kernel: to meet, and for the last of them
 
 // Rounds of resident blocks. The multiprocessor with the most blocks, and on it the scheduler with the most warps, is the
 // last to end.
@@ -651,7 +665,7 @@ double walk_cycles(WalkCost cost, int64_t blocks, int tokens, int processors) {
 struct WalkPlan {
   int tiles;          // m-tiles of a warp
   int count, chunks;  // pieces, chunks of one
-  bool cluster;       // both passes in one kernel, the pieces of a tile in a cluster
+  bool together;      // both passes in one kernel
   double cycles;      // predicted
 };
 
@@ -666,26 +680,25 @@ WalkPlan plan_one_pass(const MambaScanParams& p, int processors) {
   return plan;
 }
 
+int64_t groups_of_weights(const MambaScanParams& p) { return static_cast<int64_t>(p.batch) * merge_groups(p); }
+
 WalkPlan plan_two_passes(const MambaScanParams& p, int processors) {
   const int chunks = (p.seqlen + 7) / 8;
   const int64_t blocks = static_cast<int64_t>(p.batch) * (p.d_inner / 16);
+  // of the kernel with the most shared memory; merge weights take at least a block a group
+  const int64_t at_once = !p.meetings || blocks > kMeetings ? 0 : blocks_at_once<walk_kernel<WalkTraits<__half, 4, 1, Passes::kBoth>>>(64);
   WalkPlan best = {1, 1, chunks, false, DBL_MAX};
-  const int cluster = largest_cluster<walk_kernel<WalkTraits<__half, 1, 1, Passes::kBoth>>>(64);
-  static const int force = getenv("STM_FORCE") ? atoi(getenv("STM_FORCE")) : 0;
   for (int pieces = 2; pieces <= std::min(kMaxPieces, chunks / 2) && blocks * pieces <= kMaxPieceBlocks; pieces++) {
-    const int length = (chunks + pieces - 1) / pieces, count = (chunks + length - 1) / length;
-    int64_t ends = blocks * (count - 1), walks = blocks * count;
-    if (p.cls_index >= 0) {
-      const int piece = p.cls_index / 8 / length;
-      ends = blocks * std::max(piece, count - 1 - piece), walks = blocks;
-    }
-    const double cycles = walk_cycles(kNarrowEnd, ends, 8 * length, processors) +
-                          walk_cycles(kNarrow, walks, 8 * length, processors) + kChainCycles * count;
-    if (cycles < best.cycles && force <= 0) best = {1, count, length, false, cycles};
-    if (force < 0 || count > cluster) continue;
-    const WalkCost sum = {kNarrowEnd.alone + kNarrow.alone, kNarrowEnd.base + kNarrow.base, kNarrowEnd.each + kNarrow.each, kNarrow.resident};
-    const double together = walk_cycles(sum, blocks * count, 8 * length, processors) + kChainCycles * count;
-    if (force > 0 ? pieces == force : together < best.cycles) best = {1, count, length, true, together};
+    const int length = (chunks + pieces - 1) / pieces, count = (chunks + length - 1) / length, piece = p.cls_index / 8 / length;
+    const bool cls = p.cls_index >= 0;
+    const int64_t ends = blocks * (cls ? std::max(piece, count - 1 - piece) : count - 1), walks = cls ? blocks : blocks * count;
+    const double walk = walk_cycles(kNarrow, walks, 8 * length, processors) + kChainCycles * count;
+    const double apart = walk_cycles(kNarrowEnd, ends, 8 * length, processors) + walk;
+    if (apart < best.cycles) best = {1, count, length, false, apart};
+    if (blocks * count + groups_of_weights(p) > at_once) continue;
+    const double together =
+        kMeetFactor * (walk_cycles(kNarrowEnd, blocks * count, 8 * length, processors) + walk - kRoundCycles) + kMeetCycles;
+    if (together < best.cycles) best = {1, count, length, true, together};
   }
   return best;
 }
@@ -725,60 +738,50 @@ cudaError_t launch_walk(int64_t walks, int64_t weights, cudaStream_t stream, con
   return cudaGetLastError();
 }
 
-template <typename Traits>
-cudaError_t launch_cluster(int64_t walks, int64_t weights, cudaStream_t stream, const MambaScanParams& p,
-                           const Pieces& pieces) {
-  constexpr auto kKernel = walk_kernel<Traits>;
-  const int cluster = pieces.count;
-  const int64_t blocks = walks + (weights + cluster - 1) / cluster * cluster;
-  if (blocks > INT_MAX) return cudaErrorInvalidValue;
-  if (largest_cluster<kKernel>(Traits::kThreads) < cluster) return cudaErrorInvalidConfiguration;
-  static const int early = getenv("STM_EARLY") ? atoi(getenv("STM_EARLY")) : -1;
-  const bool dependent = early >= 0 ? early : walks > int64_t{Traits::kBlocksPerSM - 1} * processors_of_device();
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = Traits::kThreads, config.stream = stream;
-  config.attrs = attributes, config.numAttrs = dependent ? 2 : 1;
-  return cudaLaunchKernelEx(&config, kKernel, p, pieces);
-}
-
 template <typename T, int kSteps>
 cudaError_t launch(const MambaScanParams& p, const WalkPlan& plan, cudaStream_t stream) {
   if (p.row > WalkTraits<T, kSteps, 1, Passes::kWalk>::kMaxRow) return cudaErrorInvalidValue;
-  const int64_t tiles = static_cast<int64_t>(p.batch) * (p.d_inner / (16 * plan.tiles));
-  Pieces pieces = {plan.count, plan.chunks, 0, 0, 1, nullptr, nullptr};
-  int64_t blocks = tiles * plan.count;
+  const int64_t tiles = static_cast<int64_t>(p.batch) * (p.d_inner / (16 * plan.tiles)), all = tiles * plan.count;
+  if (all > INT_MAX || (plan.count > 1 && !p.workspace)) return cudaErrorInvalidValue;
+  Pieces pieces = {plan.count, plan.chunks, 0, 1, nullptr, nullptr, static_cast<uint32_t*>(p.meetings)};
   if (plan.count > 1) {
-    if (!p.workspace) return cudaErrorInvalidValue;
     pieces.ends = static_cast<float*>(p.workspace);
     pieces.sums = pieces.ends + 2 * static_cast<int64_t>(p.batch) * plan.count * p.d_inner * 16;
+  }
+  // blocks of the merge weights, beside `walks` that walk, at most so many
+  const int processors = processors_of_device();
+  const int64_t groups = groups_of_weights(p);
+  auto weights = [&](int64_t walks, int64_t most) {
+    pieces.walks = static_cast<int>(walks), pieces.slices = 1;
+    if (p.merge_scratch && groups > 0 && p.weight_mode != WeightMode::kHspLiteral) {  // that one has no slices
+      const int64_t slots = int64_t{(plan.tiles == 2 ? kWide : kNarrow).resident} * processors;
+      pieces.slices = std::min<int>(slices_of_a_group(p.d_inner, groups, walks, slots, processors), most / groups);
+    }
+    return groups * pieces.slices;
+  };
+  if (plan.together) {
+    constexpr auto kKernel = walk_kernel<WalkTraits<T, kSteps, 1, Passes::kBoth>>;
+    const int64_t at_once = blocks_at_once<kKernel>(64);
+    if (all + groups <= at_once) {
+      const auto blocks = static_cast<unsigned>(all + weights(all, at_once - all));
+      const cudaError_t status = launch_resident<kKernel>(dim3(blocks), dim3(64), stream, p, pieces);
+      if (status != cudaErrorCooperativeLaunchTooLarge) return status;
+      cudaGetLastError();  // this process may use a part of the card only
+    }
+  }
+  int64_t walks = all;
+  if (plan.count > 1) {
     int64_t ends = tiles * (plan.count - 1);
     if (p.cls_index >= 0) {
       const int piece = p.cls_index / 8 / plan.chunks;
-      ends = tiles * std::max(piece, plan.count - 1 - piece), blocks = tiles;
+      ends = tiles * std::max(piece, plan.count - 1 - piece), walks = tiles;
     }
-    if (plan.cluster) blocks = tiles * plan.count;
-    else {
     const cudaError_t status = launch_walk<WalkTraits<T, kSteps, 1, Passes::kEnds>>(ends, 0, stream, p, pieces);
     if (status != cudaSuccess) return status;
-    }
   }
-  if (blocks > INT_MAX) return cudaErrorInvalidValue;
-  pieces.walks = static_cast<int>(blocks);
-  const int64_t groups = static_cast<int64_t>(p.batch) * merge_groups(p);
-  if (p.merge_scratch && groups > 0 && p.weight_mode != WeightMode::kHspLiteral) {  // that one has no slices
-    const int processors = processors_of_device(), resident = (plan.tiles == 2 ? kWide : kNarrow).resident;
-    pieces.slices = slices_of_a_group(p.d_inner, groups, blocks, int64_t{resident} * processors, processors);
-  }
-  const int64_t weights = groups * pieces.slices;
-  pieces.weights = static_cast<int>(weights);
-  if (plan.cluster) return launch_cluster<WalkTraits<T, kSteps, 1, Passes::kBoth>>(blocks, weights, stream, p, pieces);
-  return plan.tiles == 2 ? launch_walk<WalkTraits<T, kSteps, 2, Passes::kWalk>>(blocks, weights, stream, p, pieces)
-                         : launch_walk<WalkTraits<T, kSteps, 1, Passes::kWalk>>(blocks, weights, stream, p, pieces);
+  const int64_t with = weights(walks, INT_MAX);
+  return plan.tiles == 2 ? launch_walk<WalkTraits<T, kSteps, 2, Passes::kWalk>>(walks, with, stream, p, pieces)
+                         : launch_walk<WalkTraits<T, kSteps, 1, Passes::kWalk>>(walks, with, stream, p, pieces);
 }
 
 template <typename T>

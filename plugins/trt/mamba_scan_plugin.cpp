@@ -100,7 +100,7 @@ struct MambaScanOp : OpDefaults {
     return mamba_scan_workspace_bytes(b[kBatch], b[kSeqlen], b[kInner], b[kState], weighted(v) ? b[kPairs] : 0, type);
   }
 
-  static size_t scratch_bytes(const AttributeValues& v) noexcept { return weighted(v) ? kMergeScratchBytes : 0; }
+  static size_t scratch_bytes(const AttributeValues& v) noexcept { return kMeetingBytes + (weighted(v) ? kMergeScratchBytes : 0); }
 
   static cudaError_t enqueue(const AttributeValues& v, const Call& call) noexcept {
     const int32_t pairs = pairs_input(v), scale = scale_input(v);
@@ -128,7 +128,8 @@ struct MambaScanOp : OpDefaults {
     p.y = call.outputs[kY];
     p.merge_weights = pairs < 0 ? nullptr : call.output<float>(kMergeWeights);
     p.workspace = call.workspace;
-    p.merge_scratch = call.scratch;
+    p.meetings = call.scratch;
+    p.merge_scratch = call.scratch && weighted(v) ? static_cast<char*>(call.scratch) + kMeetingBytes : nullptr;
     return mamba_scan(p, MambaScanTactic(call.tactic), call.stream);
   }
 };

@@ -518,7 +518,7 @@ double scan_error(const Values& got, const ScanReference& want) {
 }
 
 struct ScanBuffers {
-  Buffer xz, x_dbl, conv_weight, conv_bias, dt_weight, dt_bias, A, D, scale, pairs, y, weights, workspace, scratch;
+  Buffer xz, x_dbl, conv_weight, conv_bias, dt_weight, dt_bias, A, D, scale, pairs, y, weights, workspace, scratch, meetings;
   ScanBuffers(const Layer& w, const Case& c, DataType T, const std::vector<int32_t>& merges)
       : xz(w.xz, T), x_dbl(w.x_dbl, T), conv_weight(w.conv_weight, DataType::kFloat32),
         conv_bias(w.conv_bias, DataType::kFloat32), dt_weight(w.dt_weight, T), dt_bias(w.dt_bias, DataType::kFloat32),
@@ -527,8 +527,9 @@ struct ScanBuffers {
         weights(static_cast<size_t>(c.batch) * (merges.size() / 2) * 4),
         workspace(mamba_scan_workspace_bytes(c.batch, c.seqlen, c.d_inner, c.d_state,
                                              static_cast<int64_t>(merges.size() / 2), T)),
-        scratch(kMergeScratchBytes) {
+        scratch(kMergeScratchBytes), meetings(kMeetingBytes) {
     CHECK_CUDA(cudaMemset(scratch.data, 0, scratch.bytes));
+    CHECK_CUDA(cudaMemset(meetings.data, 0, meetings.bytes));
   }
   MambaScanParams params(const Case& c, DataType T) const {
     MambaScanParams p{};
@@ -540,7 +541,7 @@ struct ScanBuffers {
     p.A = A.as<float>(), p.D = D.as<float>(), p.merge_pairs = c.mode ? pairs.as<int32_t>() : nullptr;
     p.decay_scale = c.scaled ? scale.as<float>() : nullptr;
     p.y = y.data, p.merge_weights = c.mode ? weights.as<float>() : nullptr, p.workspace = workspace.data;
-    p.merge_scratch = scratch.data;
+    p.merge_scratch = scratch.data, p.meetings = meetings.data;
     return p;
   }
   void poison_sums() const {  // of the scratch, not its tickets
@@ -570,6 +571,12 @@ void test_scan(const Case& c, DataType T) {
       trouble += " tickets are left";
     if (std::any_of(scratch.begin() + kMergeScratchBytes, scratch.end(), [](unsigned char v) { return v != kCanary; }))
       trouble += " canary of the scratch";
+    const auto meetings = buffers.meetings.raw();
+    for (size_t j = 0; j < meetings.size(); j++)
+      if (meetings[j] != (j < kMeetingBytes ? 0 : kCanary)) {
+        trouble += j < kMeetingBytes ? " meetings are left" : " canary of the meetings";
+        break;
+      }
     const auto workspace = buffers.workspace.raw();
     for (size_t j = buffers.workspace.bytes; j < workspace.size(); j++)
       if (workspace[j] != kCanary) {
@@ -588,6 +595,14 @@ void test_scan(const Case& c, DataType T) {
         if (!(error <= worst)) worst = error;
       }
       report(std::string("merge_weights ") + name_of(T), c.text(), worst, 2e-5, "");
+    }
+    if (tactic == MambaScanTactic::kWalkMmaTwoPass) {
+      MambaScanParams apart = p;  // a kernel each
+      apart.meetings = nullptr;
+      buffers.workspace.poison();
+      std::vector<Values> two;
+      trouble = run_twice([&](cudaStream_t s) { return mamba_scan(apart, tactic, s); }, outputs, two);
+      report(group + " apart", c.text(), two.empty() ? NAN : scan_error(two[0], want), bound, trouble);
     }
     const bool sliced = tactic == MambaScanTactic::kWalkMma || tactic == MambaScanTactic::kWalkMmaTwoPass;
     if ((c.mode == 1 || c.mode == 2) && sliced) {
@@ -1189,6 +1204,11 @@ void time_layer(const char* model, int E, int R, int batch, int L, DataType T) {
       const MambaScanParams plain = buffers.params(c, T);
       line("mamba_scan", name_of(tactic), time_us([&](cudaStream_t s) { return mamba_scan(plain, tactic, s); }),
            scan_floor);
+      if (tactic == MambaScanTactic::kWalkMmaTwoPass) {
+        MambaScanParams apart = plain;
+        apart.meetings = nullptr;
+        line("mamba_scan", "two pass, two kernels", time_us([&](cudaStream_t s) { return mamba_scan(apart, tactic, s); }), scan_floor);
+      }
       if (tactic != MambaScanTactic::kAdaptive) continue;
       c.mode = 1;
       const MambaScanParams merging = buffers.params(c, T);
