@@ -8,9 +8,9 @@ bool conv_xproj_tensor_core_supported(int32_t d_inner, int32_t row, DataType typ
   return type != DataType::kFloat32 && d_inner % 32 == 0 && row <= 96;
 }
 
-// From so many tokens a multiprocessor on wgmma is faster than two wide blocks. On an H200, of ViM-Ti / S / B: 0.98 / 0.93
-// / 0.96 of their time at 154 tokens, 1.09 / 1.04 / 1.06 at 115.
-constexpr int32_t kWgmmaTokens = 144;
+// From so many tokens a multiprocessor on wgmma takes. On an H200, of ViM-Ti / S / B, it needs 0.98 / 1.01 / 0.85 of the time of
+// the best other shape at 24 tokens, 0.86 / 0.90 / 1.00 at 96, 0.85 / 0.91 / 0.92 at 154. Fewer are untimed.
+constexpr int32_t kWgmmaTokens = 20;
 
 // The most blocks or warps that still run at once: a second round costs as much as the first.
 ConvXProjShape conv_xproj_shape(const ConvXProjParams& p) {
@@ -21,12 +21,12 @@ ConvXProjShape conv_xproj_shape(const ConvXProjParams& p) {
   if (4 * few_blocks <= processors && steps >= 4) return ConvXProjShape::kFewCluster4;
   if (2 * few_blocks <= processors && steps >= 2) return ConvXProjShape::kFewCluster2;
   if (2 * few_blocks <= 3 * processors) return ConvXProjShape::kFew;
+  if (conv_xproj_wgmma_supported(p.d_inner, p.row) && conv_xproj_wgmma_tokens(p) >= kWgmmaTokens)
+    return ConvXProjShape::kWgmma;
   if (2 * spans <= processors) return ConvXProjShape::kSplit8;
   const bool wide = conv_xproj_wide_supported(p.d_inner, p.row);
   // On an H200 1.3 to 1.7 times as long as wide blocks, two a multiprocessor (32 images); untimed where one does not fit twice.
   if (spans <= processors && !(wide && conv_xproj_wide_paired(p.row))) return ConvXProjShape::kSplit4;
-  if (conv_xproj_wgmma_supported(p.d_inner, p.row) && conv_xproj_wgmma_tokens(p) >= kWgmmaTokens)
-    return ConvXProjShape::kWgmma;
   if (wide) return ConvXProjShape::kWide;
   return spans <= 2 * processors ? ConvXProjShape::kSplit2 : ConvXProjShape::kMany;
 }

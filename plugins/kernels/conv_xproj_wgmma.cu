@@ -291,8 +291,9 @@ __device__ __forceinline__ void wgmma_tile(const ConvXProjParams& p, int tokens)
   }
   asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
 
-  const int first = tile_first + warp * tokens / kWarps;
-  const int count = max(min(tile_first + (warp + 1) * tokens / kWarps, tile_end) - first, 0);
+  const int pairs = (tokens + 1) >> 1;  // an odd token takes as long as two
+  const int first = tile_first + 2 * (warp * pairs / kWarps);
+  const int count = max(min(tile_first + 2 * ((warp + 1) * pairs / kWarps), tile_end) - first, 0);
   const int in_first_image = count == 0 ? 0 : min(count, L - first % L);
   const int first_row = count == 0 ? 0 : padded(first) - kHalo - x_first;
   // A lane's places: of its two channels in x, in u (row 0 of its warp), in the taps.

@@ -692,12 +692,14 @@ WalkPlan plan_two_passes(const MambaScanParams& p, int processors) {
     const int length = (chunks + pieces - 1) / pieces, count = (chunks + length - 1) / length, piece = p.cls_index / 8 / length;
     const bool cls = p.cls_index >= 0;
     const int64_t ends = blocks * (cls ? std::max(piece, count - 1 - piece) : count - 1), walks = cls ? blocks : blocks * count;
-    const double walk = walk_cycles(kNarrow, walks, 8 * length, processors) + kChainCycles * count;
-    const double apart = walk_cycles(kNarrowEnd, ends, 8 * length, processors) + walk;
+    const double apart = walk_cycles(kNarrowEnd, ends, 8 * length, processors) +
+                         walk_cycles(kNarrow, walks, 8 * length, processors) + kChainCycles * count;
     if (apart < best.cycles) best = {1, count, length, false, apart};
-    if (blocks * count + groups_of_weights(p) > at_once) continue;
-    const double together =
-        kMeetFactor * (walk_cycles(kNarrowEnd, blocks * count, 8 * length, processors) + walk - kRoundCycles) + kMeetCycles;
+    const int64_t all = blocks * count + groups_of_weights(p);
+    if (all > at_once) continue;
+    const double together = kMeetFactor * (walk_cycles(kNarrowEnd, all, 8 * length, processors) - kRoundCycles +
+                                           walk_cycles(kNarrow, cls ? walks : all, 8 * length, processors) + kChainCycles * count) +
+                            kMeetCycles;
     if (together < best.cycles) best = {1, count, length, true, together};
   }
   return best;
@@ -761,9 +763,11 @@ cudaError_t launch(const MambaScanParams& p, const WalkPlan& plan, cudaStream_t 
   };
   if (plan.together) {
     constexpr auto kKernel = walk_kernel<WalkTraits<T, kSteps, 1, Passes::kBoth>>;
-    const int64_t at_once = blocks_at_once<kKernel>(64);
-    if (all + groups <= at_once) {
-      const auto blocks = static_cast<unsigned>(all + weights(all, at_once - all));
+    if (all + groups <= blocks_at_once<kKernel>(64)) {
+      // A cooperative grid fills one multiprocessor after the other, each with as many blocks as the fullest needs; so not a
+      // block more for the merge weights than that leaves room for.
+      const int64_t room = (all + groups + processors - 1) / processors * processors;
+      const auto blocks = static_cast<unsigned>(all + weights(all, room - all));
       const cudaError_t status = launch_resident<kKernel>(dim3(blocks), dim3(64), stream, p, pieces);
       if (status != cudaErrorCooperativeLaunchTooLarge) return status;
       cudaGetLastError();  // this process may use a part of the card only
