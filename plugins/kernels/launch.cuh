@@ -3,6 +3,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <mutex>
@@ -32,12 +33,13 @@ inline size_t shared_bytes_of_processor() {
 
 // Dynamic shared memory beyond 48 KB must be asked for, once a kernel and device; never less than before, since another
 // thread may be about to launch with that.
+// `of_its_own`: what the kernel has without asking.
 template <auto kKernel>
-cudaError_t allow_shared(size_t bytes) {
+cudaError_t allow_shared(size_t bytes, size_t of_its_own = 0) {
   constexpr int kDevices = 64;
   static std::atomic<size_t> allowed[kDevices];
   static std::mutex asking;
-  if (bytes <= 48 * 1024) return cudaSuccess;
+  if (bytes + of_its_own <= 48 * 1024) return cudaSuccess;
   int device = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
@@ -98,12 +100,12 @@ cudaError_t launch_dependent(dim3 grid, dim3 block, size_t shared_bytes, cudaStr
   return cudaLaunchKernelEx(&config, kKernel, std::forward<Arguments>(arguments)...);
 }
 
-// Blocks of the kernel, of so many threads and without dynamic shared memory, that the current device runs at once; 0 where
-// it cannot promise to. Asked once a kernel and device.
+// Blocks of the kernel, of so many threads and bytes of shared memory, that the current device runs at once; 0 where it cannot
+// promise to. What does not depend on the dynamic part is asked once a kernel and device.
 template <auto kKernel>
-int blocks_at_once(int threads) {
+int64_t blocks_at_once(int threads, size_t of_its_own, size_t dynamic) {
   constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];  // one more than the answer
+  static std::atomic<int> known[kDevices];  // blocks of a multiprocessor without the dynamic part, and one more
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
   int answer = known[device].load(std::memory_order_relaxed);
@@ -114,20 +116,24 @@ int blocks_at_once(int threads) {
       cudaGetLastError();
       blocks = 0;
     }
-    answer = blocks * processors_of_device() + 1;
+    answer = blocks + 1;
     known[device].store(answer, std::memory_order_relaxed);
   }
-  return answer - 1;
+  constexpr size_t kOfTheSystem = 1024;  // a block
+  const size_t bytes = of_its_own + dynamic;
+  if (bytes > shared_bytes_of_device()) return 0;
+  return static_cast<int64_t>(processors_of_device()) *
+         std::min<int64_t>(answer - 1, static_cast<int64_t>(shared_bytes_of_processor() / (bytes + kOfTheSystem)));
 }
 
 // A kernel whose blocks wait for each other: all run at once, or it is cudaErrorCooperativeLaunchTooLarge.
 template <auto kKernel, typename... Arguments>
-cudaError_t launch_resident(dim3 grid, dim3 block, cudaStream_t stream, Arguments&&... arguments) {
+cudaError_t launch_resident(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = grid, config.blockDim = block, config.stream = stream;
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
   config.attrs = &attribute, config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kKernel, std::forward<Arguments>(arguments)...);
 }

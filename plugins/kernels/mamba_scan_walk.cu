@@ -87,6 +87,11 @@ struct WarpShared {
     float4 pad[Traits::kTiles == 2 ? 1 : 3];
   };
   using Fragments = std::conditional_t<Traits::kEndOnly, uint2, uint4>;  // of B; of B and C
+  struct Made {             // of a chunk by the first of both passes, which the second need not make again
+    Floats delta[8][9];     // s delta of the channels of one g, clamped; the pad keeps them in different banks
+    uint2 u_delta[32];      // of a lane, in fp16, as the walk wants it
+    uint2 u[32];            // the same
+  };
   Fragments bc[8][32];                                  // by token, zero but for the token's own row and column
   uint4 dt_weight[Traits::kTiles][Traits::kSteps][32];  // fragments
   Channels channels[8];
@@ -121,7 +126,7 @@ __device__ __forceinline__ void pair_barrier() { asm volatile("bar.sync 1, 64;" 
 // between(t) is what the caller computes beside token t; after the last one where the loop is not unrolled, since its t
 // must be a constant for the caller's arrays to stay in registers.
 template <bool kPolynomial, int kUnroll, bool kEndOnly, typename Traits, typename Between>
-__device__ __forceinline__ void walk_chunk(const typename WarpShared<Traits>::Channels& channels,
+__device__ __forceinline__ void walk_chunk(const typename WarpShared<Traits>::Floats* deltas,
                                            const typename WarpShared<Traits>::Fragments* bc,
                                            const float (&a)[Traits::kTiles][2][4], float (&h)[Traits::kTiles][2][4],
                                            const uint32_t (&u_delta)[Traits::kTiles][2], float (&y)[Traits::kTiles][4],
@@ -130,7 +135,7 @@ __device__ __forceinline__ void walk_chunk(const typename WarpShared<Traits>::Ch
 #pragma unroll kUnroll
   for (int t = 0; t < 8; t++) {
     float delta[Traits::kOwn];
-    Own<kTiles>::get(channels.delta[t], delta);
+    Own<kTiles>::get(deltas[t], delta);
     const auto fragments = bc[32 * t];
 #pragma unroll
     for (int i = 0; i < kTiles; i++) {
@@ -182,6 +187,7 @@ struct WarpPlace {
   int dir, lane, g, q;
   int tile, piece, b;
   int cls_piece;  // -1: every token
+  bool end_needed;  // by other pieces
 };
 
 template <typename Traits>
@@ -191,13 +197,15 @@ using MeetShared = typename Own<Traits::kTiles>::Floats[2][8];  // of class toke
 template <typename Traits, bool kEndOnly>
 __device__ __forceinline__ void walk_piece(const MambaScanParams& p, const Pieces& pieces, const WarpPlace& at,
                                            const float (&a)[Traits::kTiles][2][4], const float (&limit)[Traits::kOwn],
-                                           bool polynomial, WarpShared<Traits>& shared, MeetShared<Traits>& meet) {
+                                           bool polynomial, WarpShared<Traits>& shared, MeetShared<Traits>& meet,
+                                           typename WarpShared<Traits>::Made* made) {
   using T = typename Traits::T;
   using Mine = Own<Traits::kTiles>;
   using Floats = typename Mine::Floats;
   using Bits = typename Mine::Bits;
   constexpr int kTile = Traits::kTile, kSteps = Traits::kSteps, kTiles = Traits::kTiles, kOwn = Traits::kOwn;
   constexpr int kBytes = sizeof(T);
+  constexpr bool kMakes = !Traits::kBoth || kEndOnly;  // else what the first pass has made
   const int dir = at.dir, lane = at.lane, g = at.g, q = at.q, tile = at.tile, piece = at.piece, b = at.b;
   const int L = p.seqlen, E = p.d_inner, R = p.dt_rank, tiles = E / Traits::kChannels, cls = p.cls_index;
   const int all_chunks = (L + 7) >> 3, warp_channel = tile * Traits::kChannels, lane_channel = warp_channel + kOwn * g;
@@ -246,7 +254,7 @@ __device__ __forceinline__ void walk_piece(const MambaScanParams& p, const Piece
     auto copy_x = [&](char* target) {
       copy_async_line16(target, x_source, static_cast<unsigned>(x_token) < static_cast<unsigned>(L));
     };
-    if (kTiles == 2 || lane < 22) copy_x(x_target);
+    if (kMakes && (kTiles == 2 || lane < 22)) copy_x(x_target);
     x_source = moved(x_source, x_step), x_token += t_step;
     if (kTiles == 2 && lane < 12) copy_x(x_target + 8 * kTile);
 #pragma unroll
@@ -281,7 +289,13 @@ __device__ __forceinline__ void walk_piece(const MambaScanParams& p, const Piece
   const char* b_first = kept(shared.rows + k_first * row_bytes + (R + (g >> 1) + (g & 1 ? 0 : 8)) * kBytes);
   const char* b_second = kept(shared.rows + k_second * row_bytes + (R + (g >> 1) + (g & 1 ? 0 : 8)) * kBytes);
   const auto* channels = kept(&shared.channels[g]);
-  Floats* delta_target = kept(&shared.channels[g].delta[2 * q]);
+  // s delta of the chunk that is walked, and where the next one's goes
+  const Floats* deltas = channels->delta;
+  Floats* delta_target = kept(Traits::kBoth ? &made->delta[g][2 * q] : &shared.channels[g].delta[2 * q]);
+  uint2* lane_made = nullptr;  // of the next one, too
+  if constexpr (Traits::kBoth) deltas = kept(made->delta[g]), lane_made = kept(&made->u_delta[lane]);
+  constexpr int kMade = sizeof(*made) / sizeof(*deltas);
+  static_assert(sizeof(*made) % 16 == 0);
   const uint4* dt_weight = kept(&shared.dt_weight[0][0][lane]);
   const auto* bc = kept(&shared.bc[0][lane]);
   auto *b_target = kept(&shared.bc[2 * q][lane]), *c_target = kept(&shared.bc[g][lane]);
@@ -320,19 +334,25 @@ __device__ __forceinline__ void walk_piece(const MambaScanParams& p, const Piece
   uint2 b_words[2], c_words;
   uint32_t u_delta[kTiles][2];
   float y[kTiles][4], next_y[kTiles][4];
+  uint2 made_u_delta, made_u;
   auto read = [&] {
+    if constexpr (kMakes) {
 #pragma unroll
-    for (int i = 0; i < 5; i++) x[i] = *reinterpret_cast<const Bits*>(window + i * kTile);
+      for (int i = 0; i < 5; i++) x[i] = *reinterpret_cast<const Bits*>(window + i * kTile);
 #pragma unroll
-    for (int i = 0; i < kTiles; i++) {
-      const float4 bias = channels->dt_bias[i];
-      delta[i][0] = bias.x, delta[i][1] = bias.y, delta[i][2] = bias.z, delta[i][3] = bias.w;
-    }
+      for (int i = 0; i < kTiles; i++) {
+        const float4 bias = channels->dt_bias[i];
+        delta[i][0] = bias.x, delta[i][1] = bias.y, delta[i][2] = bias.z, delta[i][3] = bias.w;
+      }
 #pragma unroll
-    for (int k = 0; k < kSteps; k++) {
-      const uint2 v = *reinterpret_cast<const uint2*>(dt_row + 32 * k);
+      for (int k = 0; k < kSteps; k++) {
+        const uint2 v = *reinterpret_cast<const uint2*>(dt_row + 32 * k);
 #pragma unroll
-      for (int i = 0; i < kTiles; i++) mma_k16<T>(delta[i], dt_weight[32 * (i * kSteps + k)], v);
+        for (int i = 0; i < kTiles; i++) mma_k16<T>(delta[i], dt_weight[32 * (i * kSteps + k)], v);
+      }
+    } else {
+      made_u_delta = lane_made[0], made_u = lane_made[32];
+      lane_made += sizeof(*made) / sizeof(uint2);
     }
     b_words[0] = make_uint2(half_bits(b_first + 4 * kBytes, T()), half_bits(b_first, T()));
     b_words[1] = make_uint2(half_bits(b_second + 4 * kBytes, T()) << 16, half_bits(b_second, T()) << 16);
@@ -346,7 +366,7 @@ __device__ __forceinline__ void walk_piece(const MambaScanParams& p, const Piece
   auto make = [&](int slice) {
 #pragma unroll
     for (int n = 0; n < 2 * kOwn; n++) {
-      if (n * 8 / (2 * kOwn) != slice) continue;
+      if (!kMakes || n * 8 / (2 * kOwn) != slice) continue;
       const int k = n >> 1, s = n & 1, i = k >> 1, r = 2 * (k & 1) + s;
       float taps[4];
 #pragma unroll
@@ -360,32 +380,48 @@ __device__ __forceinline__ void walk_piece(const MambaScanParams& p, const Piece
       }
       u = silu_of_half(u);
       delta[i][r] = softplus_fast(delta[i][r]);
-      next_y[i][r] = u * reinterpret_cast<const float*>(&channels->skip)[k];
+      next_y[i][r] = Traits::kBoth ? u : u * reinterpret_cast<const float*>(&channels->skip)[k];
       next_u_delta[s][k] = u * delta[i][r];
     }
   };
   auto write = [&] {
+    if constexpr (kMakes) {
 #pragma unroll
-    for (int i = 0; i < kTiles; i++) {
-      u_delta[i][0] = Pair<__half>::pack(next_u_delta[0][2 * i], next_u_delta[1][2 * i]);
-      u_delta[i][1] = Pair<__half>::pack(next_u_delta[0][2 * i + 1], next_u_delta[1][2 * i + 1]);
+      for (int i = 0; i < kTiles; i++) {
+        u_delta[i][0] = Pair<__half>::pack(next_u_delta[0][2 * i], next_u_delta[1][2 * i]);
+        u_delta[i][1] = Pair<__half>::pack(next_u_delta[0][2 * i + 1], next_u_delta[1][2 * i + 1]);
 #pragma unroll
-      for (int r = 0; r < 4; r++) y[i][r] = next_y[i][r];
+        for (int r = 0; r < 4; r++) y[i][r] = next_y[i][r];
+      }
+    } else {
+      u_delta[0][0] = made_u_delta.x, u_delta[0][1] = made_u_delta.y;
+      float skip[kOwn];
+      Mine::get(channels->skip, skip);
+      const float4 u = unpack4<__half>(made_u);
+      y[0][0] = u.x * skip[0], y[0][1] = u.y * skip[0], y[0][2] = u.z * skip[1], y[0][3] = u.w * skip[1];
     }
-    // x_token lies three chunks ahead of the one that is walked, and this is for the one after it
+    if constexpr (Traits::kBoth && kEndOnly) {
+      lane_made[0] = make_uint2(u_delta[0][0], u_delta[0][1]);
+      lane_made[32] = pack4<__half>(y[0][0], y[0][1], y[0][2], y[0][3]);
+      lane_made += sizeof(*made) / sizeof(uint2);
+    }
+    if constexpr (kMakes) {
+      // x_token lies three chunks ahead of the one that is walked, and this is for the one after it
 #pragma unroll 1
-    for (int n = 0; n < scalings; n++) {
-      const int first = x_token + t_step - first_limit + L, second = x_token + t_step - second_limit + L;
-      const float s0 = p.decay_scale[max(min(first, L - 1), 0)], s1 = p.decay_scale[max(min(second, L - 1), 0)];
+      for (int n = 0; n < scalings; n++) {
+        const int first = x_token + t_step - first_limit + L, second = x_token + t_step - second_limit + L;
+        const float s0 = p.decay_scale[max(min(first, L - 1), 0)], s1 = p.decay_scale[max(min(second, L - 1), 0)];
 #pragma unroll
-      for (int i = 0; i < kTiles; i++) delta[i][0] *= s0, delta[i][1] *= s1, delta[i][2] *= s0, delta[i][3] *= s1;
-    }
+        for (int i = 0; i < kTiles; i++) delta[i][0] *= s0, delta[i][1] *= s1, delta[i][2] *= s0, delta[i][3] *= s1;
+      }
 #pragma unroll
-    for (int s = 0; s < 2; s++) {
-      float v[kOwn];
+      for (int s = 0; s < 2; s++) {
+        float v[kOwn];
 #pragma unroll
-      for (int k = 0; k < kOwn; k++) v[k] = fminf(delta[k >> 1][2 * (k & 1) + s], limit[k]);
-      delta_target[s] = Mine::make(v);
+        for (int k = 0; k < kOwn; k++) v[k] = fminf(delta[k >> 1][2 * (k & 1) + s], limit[k]);
+        delta_target[s] = Mine::make(v);
+      }
+      if (Traits::kBoth) delta_target += kMade;
     }
     *reinterpret_cast<uint2*>(b_target) = b_words[0];
     *reinterpret_cast<uint2*>(b_target + 32) = b_words[1];
@@ -429,9 +465,9 @@ __device__ __forceinline__ void walk_piece(const MambaScanParams& p, const Piece
       if (kTiles == 2) y_source = moved(y_source, y_step);
     }
     if (polynomial)
-      walk_chunk<true, 8, kEndOnly, Traits>(*channels, bc, a, h, u_delta, y, make);
+      walk_chunk<true, 8, kEndOnly, Traits>(deltas, bc, a, h, u_delta, y, make);
     else
-      walk_chunk<false, 2, kEndOnly, Traits>(*channels, bc, a, h, u_delta, y, make);
+      walk_chunk<false, 2, kEndOnly, Traits>(deltas, bc, a, h, u_delta, y, make);
 
     copy_async_wait_all();
     __syncwarp();
@@ -463,10 +499,12 @@ __device__ __forceinline__ void walk_piece(const MambaScanParams& p, const Piece
       }
     }
     write();
+    if (Traits::kBoth) deltas += kMade;
     __syncwarp();
   }
 
   if (kEndOnly) {
+    if (Traits::kBoth && !at.end_needed) return;
     float4* ends = piece_end(piece);
 #pragma unroll
     for (int i = 0; i < kTiles; i++)
@@ -618,15 +656,17 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
   }
   wait_for_previous();
   let_next_start();
-  const WarpPlace at = {dir, lane, g, q, tile, piece, b, cls_piece};
-  if constexpr (Traits::kEndOnly || Traits::kBoth) {
-    const bool needed = dir ? piece > max(cls_piece, 0) : piece < (cls < 0 ? pieces.count - 1 : cls_piece);
-    if (needed) walk_piece<Traits, true>(p, pieces, at, a, limit, polynomial, shared, meet);
-  }
+  const bool end_needed = dir ? piece > max(cls_piece, 0) : piece < (cls < 0 ? pieces.count - 1 : cls_piece);
+  const WarpPlace at = {dir, lane, g, q, tile, piece, b, cls_piece, end_needed};
   if constexpr (Traits::kBoth) {
-    if (cls >= 0 && piece != cls_piece) return;
+    extern __shared__ __align__(16) unsigned char dynamic_shared[];
+    auto* const made = reinterpret_cast<typename WarpShared<Traits>::Made*>(dynamic_shared) + dir * (pieces.chunks + 1);
+    const bool walked = cls < 0 || piece == cls_piece;
+    if (end_needed || walked) walk_piece<Traits, true>(p, pieces, at, a, limit, polynomial, shared, meet, made);
+    if (walked) walk_piece<Traits, false>(p, pieces, at, a, limit, polynomial, shared, meet, made);
+  } else if (!Traits::kEndOnly || end_needed) {
+    walk_piece<Traits, Traits::kEndOnly>(p, pieces, at, a, limit, polynomial, shared, meet, nullptr);
   }
-  if constexpr (!Traits::kEndOnly) walk_piece<Traits, false>(p, pieces, at, a, limit, polynomial, shared, meet);
 }
 
 // ---- how to cut the work ----------------------------------------------------------------------------------------
@@ -680,13 +720,21 @@ WalkPlan plan_one_pass(const MambaScanParams& p, int processors) {
   return plan;
 }
 
+template <typename Traits>
+size_t made_bytes(int chunks) { return 2 * (static_cast<size_t>(chunks) + 1) * sizeof(typename WarpShared<Traits>::Made); }
+
+// Of a kernel of both passes, with so many chunks a piece.
+template <typename Traits>
+int64_t resident_blocks(int chunks) {
+  return blocks_at_once<walk_kernel<Traits>>(Traits::kThreads, 2 * sizeof(WarpShared<Traits>) + sizeof(MeetShared<Traits>),
+                                             made_bytes<Traits>(chunks));
+}
+
 int64_t groups_of_weights(const MambaScanParams& p) { return static_cast<int64_t>(p.batch) * merge_groups(p); }
 
 WalkPlan plan_two_passes(const MambaScanParams& p, int processors) {
   const int chunks = (p.seqlen + 7) / 8;
   const int64_t blocks = static_cast<int64_t>(p.batch) * (p.d_inner / 16);
-  // of the kernel with the most shared memory; merge weights take at least a block a group
-  const int64_t at_once = !p.meetings || blocks > kMeetings ? 0 : blocks_at_once<walk_kernel<WalkTraits<__half, 4, 1, Passes::kBoth>>>(64);
   WalkPlan best = {1, 1, chunks, false, DBL_MAX};
   for (int pieces = 2; pieces <= std::min(kMaxPieces, chunks / 2) && blocks * pieces <= kMaxPieceBlocks; pieces++) {
     const int length = (chunks + pieces - 1) / pieces, count = (chunks + length - 1) / length, piece = p.cls_index / 8 / length;
@@ -695,8 +743,9 @@ WalkPlan plan_two_passes(const MambaScanParams& p, int processors) {
     const double apart = walk_cycles(kNarrowEnd, ends, 8 * length, processors) +
                          walk_cycles(kNarrow, walks, 8 * length, processors) + kChainCycles * count;
     if (apart < best.cycles) best = {1, count, length, false, apart};
-    const int64_t all = blocks * count + groups_of_weights(p);
-    if (all > at_once) continue;
+    if (!p.meetings || blocks > kMeetings) continue;
+    const int64_t all = blocks * count + groups_of_weights(p);  // merge weights take at least a block a group
+    if (all > resident_blocks<WalkTraits<__half, 4, 1, Passes::kBoth>>(length)) continue;  // the one with the most shared memory
     const double together = kMeetFactor * (walk_cycles(kNarrowEnd, all, 8 * length, processors) - kRoundCycles +
                                            walk_cycles(kNarrow, cls ? walks : all, 8 * length, processors) + kChainCycles * count) +
                             kMeetCycles;
@@ -762,13 +811,17 @@ cudaError_t launch(const MambaScanParams& p, const WalkPlan& plan, cudaStream_t 
     return groups * pieces.slices;
   };
   if (plan.together) {
-    constexpr auto kKernel = walk_kernel<WalkTraits<T, kSteps, 1, Passes::kBoth>>;
-    if (all + groups <= blocks_at_once<kKernel>(64)) {
+    using Traits = WalkTraits<T, kSteps, 1, Passes::kBoth>;
+    constexpr auto kKernel = walk_kernel<Traits>;
+    const size_t bytes = made_bytes<Traits>(plan.chunks);
+    if (all + groups <= resident_blocks<Traits>(plan.chunks)) {
       // A cooperative grid fills one multiprocessor after the other, each with as many blocks as the fullest needs; so not a
       // block more for the merge weights than that leaves room for.
       const int64_t room = (all + groups + processors - 1) / processors * processors;
       const auto blocks = static_cast<unsigned>(all + weights(all, room - all));
-      const cudaError_t status = launch_resident<kKernel>(dim3(blocks), dim3(64), stream, p, pieces);
+      cudaError_t status = allow_shared<kKernel>(bytes, 2 * sizeof(WarpShared<Traits>) + sizeof(MeetShared<Traits>));
+      if (status != cudaSuccess) return status;
+      status = launch_resident<kKernel>(dim3(blocks), dim3(Traits::kThreads), bytes, stream, p, pieces);
       if (status != cudaErrorCooperativeLaunchTooLarge) return status;
       cudaGetLastError();  // this process may use a part of the card only
     }
