@@ -689,7 +689,6 @@ constexpr WalkCost kWide = {227, 45, 152, WalkTraits<__half, 1, 2, Passes::kWalk
 constexpr WalkCost kNarrow = {136, 34, 82, WalkTraits<__half, 1, 1, Passes::kWalk>::kBlocksPerSM};
 constexpr WalkCost kNarrowEnd = {100, 44, 60, WalkTraits<__half, 1, 1, Passes::kEnds>::kBlocksPerSM};
 constexpr double kRoundCycles = 4800, kChainCycles = 290;  // start, prologue and end of a round; one piece added up
-constexpr double kMeetCycles = 1000, kMeetFactor = 1.02;   // of both passes in one kernel: to meet, and for the last of them
 
 // Rounds of resident blocks. The multiprocessor with the most blocks, and on it the scheduler with the most warps, is the
 // last to end.
@@ -746,9 +745,9 @@ WalkPlan plan_two_passes(const MambaScanParams& p, int processors) {
     if (!p.meetings || blocks > kMeetings) continue;
     const int64_t all = blocks * count + groups_of_weights(p);  // merge weights take at least a block a group
     if (all > resident_blocks<WalkTraits<__half, 4, 1, Passes::kBoth>>(length)) continue;  // the one with the most shared memory
-    const double together = kMeetFactor * (walk_cycles(kNarrowEnd, all, 8 * length, processors) - kRoundCycles +
-                                           walk_cycles(kNarrow, cls ? walks : all, 8 * length, processors) + kChainCycles * count) +
-                            kMeetCycles;
+    // To meet costs what the second pass need not make again.
+    const double together = walk_cycles(kNarrowEnd, all, 8 * length, processors) - kRoundCycles +
+                            walk_cycles(kNarrow, cls ? walks : all, 8 * length, processors) + kChainCycles * count;
     if (together < best.cycles) best = {1, count, length, true, together};
   }
   return best;

@@ -14,6 +14,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <memory>
 #include <random>
 #include <string>
 #include <thread>
@@ -807,6 +808,34 @@ void test_broken_pairs() {
     }
 }
 
+// Scans whose blocks wait for each other, on several streams at once, each with memory of its own: the same bits as alone.
+void test_streams() {
+  constexpr int kStreams = 6, kRounds = 40;
+  Case c;
+  c.batch = 1, c.seqlen = 577, c.d_inner = 768, c.dt_rank = 24, c.mode = 1;
+  const Layer w(c, DataType::kFloat16);
+  const std::vector<int32_t> pairs = edge_pairs(c.seqlen, 5);
+  std::vector<std::unique_ptr<ScanBuffers>> buffers;
+  std::vector<cudaStream_t> streams(kStreams);
+  for (auto& stream : streams) {
+    CHECK_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    buffers.push_back(std::make_unique<ScanBuffers>(w, c, DataType::kFloat16, pairs));
+  }
+  std::vector<unsigned char> alone;
+  int wrong = 0;
+  for (bool together : {false, true}) {
+    for (int round = 0; round < (together ? kRounds : 1); round++)
+      for (int i = 0; i < (together ? kStreams : 1); i++)
+        CHECK_CUDA(mamba_scan(buffers[i]->params(c, DataType::kFloat16), MambaScanTactic::kWalkMmaTwoPass, streams[i]));
+    CHECK_CUDA(cudaDeviceSynchronize());
+    if (!together) alone = buffers[0]->y.raw();
+    for (int i = 0; together && i < kStreams; i++)
+      wrong += std::memcmp(buffers[i]->y.raw().data(), alone.data(), buffers[i]->y.bytes) != 0;
+  }
+  for (auto& stream : streams) CHECK_CUDA(cudaStreamDestroy(stream));
+  report("streams", "two pass, " + std::to_string(kStreams) + " at once", wrong, 0.5, "");
+}
+
 void test_refusals() {
   auto expect = [](const char* what, cudaError_t got) {
     report("refusals", what, got == cudaErrorInvalidValue ? 0 : 1, 0.5, "");
@@ -1344,6 +1373,7 @@ int main(int argc, char** argv) {
   if (options.only.empty() && options.soak == 0) {
     test_refusals();
     test_broken_pairs();
+    test_streams();
     test_conv_shapes();
   }
   std::printf("%-30s %6s %6s  %9s %8s  %s\n", "kernel", "cases", "failed", "worst", "of bound", "worst case");
