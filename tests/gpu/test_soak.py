@@ -120,6 +120,14 @@ def test_soak(builder, record, max_batch):
         used.append(torch.cuda.memory_allocated())
         host.append(host_bytes())
     lost, host_lost = used[-1] - used[0], (host[-1] - host[0]) / 2**20
-    record("soak", model=case[0], size=case[2][0], seconds=round(time.monotonic() - start), requests=runs, lost_mib=lost / 2**20, host_lost_mib=round(host_lost, 1))
+    record(
+        "soak",
+        model=case[0],
+        size=case[2][0],
+        seconds=round(time.monotonic() - start),
+        requests=runs,
+        lost_mib=lost / 2**20,
+        host_lost_mib=round(host_lost, 1),
+    )
     assert lost <= 0, f"{lost} bytes of GPU memory went in 95 % of the soak"
     assert host_lost < 64, f"{host_lost:.0f} MiB of host memory went in 95 % of the soak"
