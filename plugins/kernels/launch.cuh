@@ -100,14 +100,25 @@ cudaError_t launch_dependent(dim3 grid, dim3 block, size_t shared_bytes, cudaStr
   return cudaLaunchKernelEx(&config, kKernel, std::forward<Arguments>(arguments)...);
 }
 
-// Blocks of the kernel, of so many threads and bytes of shared memory, that the current device runs at once; 0 where it cannot
-// promise to. What does not depend on the dynamic part is asked once a kernel and device.
+// What the current device runs of a kernel at once.
+struct Residency {
+  int processors, blocks;               // of a multiprocessor, by registers, threads and the kernel's own shared memory
+  size_t of_processor, of_block;        // shared memory, in bytes
+  int64_t with_shared(size_t bytes) const {  // blocks, if one has so much shared memory in all
+    constexpr size_t kOfTheSystem = 1024, kGranule = 128;
+    if (bytes > of_block) return 0;
+    bytes = (bytes + kGranule - 1) / kGranule * kGranule + kOfTheSystem;
+    return int64_t{processors} * std::min<int64_t>(blocks, static_cast<int64_t>(of_processor / bytes));
+  }
+};
+
+// No blocks where it cannot promise that all of a grid run at once. Some calls of the CUDA runtime: once a launch, not in a loop.
 template <auto kKernel>
-int64_t blocks_at_once(int threads, size_t of_its_own, size_t dynamic) {
+Residency residency(int threads) {
   constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];  // blocks of a multiprocessor without the dynamic part, and one more
+  static std::atomic<int> known[kDevices];  // blocks of a multiprocessor, and one more
   int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return {};
   int answer = known[device].load(std::memory_order_relaxed);
   if (answer == 0) {
     int blocks = 0;
@@ -119,11 +130,7 @@ int64_t blocks_at_once(int threads, size_t of_its_own, size_t dynamic) {
     answer = blocks + 1;
     known[device].store(answer, std::memory_order_relaxed);
   }
-  constexpr size_t kOfTheSystem = 1024;  // a block
-  const size_t bytes = of_its_own + dynamic;
-  if (bytes > shared_bytes_of_device()) return 0;
-  return static_cast<int64_t>(processors_of_device()) *
-         std::min<int64_t>(answer - 1, static_cast<int64_t>(shared_bytes_of_processor() / (bytes + kOfTheSystem)));
+  return {processors_of_device(), answer - 1, shared_bytes_of_processor(), shared_bytes_of_device()};
 }
 
 // A kernel whose blocks wait for each other: all run at once, or it is cudaErrorCooperativeLaunchTooLarge.

@@ -43,7 +43,7 @@ constexpr size_t kMergeScratchBytes = kMergeBlocks * (sizeof(int32_t) + 8 * 2 * 
 // its full speed), dt_rank one of 4 and at most 64, row = round_up(dt_rank + 32, 8); the state goes through fp16, so |h|
 // must stay below 65,504. kWalkMmaTwoPass, for long sequences in small batches: the same from 209 tokens; L is cut into
 // pieces, and a first pass computes the state before each; where p.meetings is there and the whole grid fits the card, both are
-// one kernel, a cooperative launch, and |u| must stay below 65,504, too. kSegments, for small batches of at most 208 tokens: the same
+// one kernel, a cooperative launch. kSegments, for small batches of at most 208 tokens: the same
 // types, d_state and dt_rank, the same bound on |h|; d_inner a multiple of 4.
 // kAdaptive: one of these three, chosen at each launch by batch, extents and card. TensorRT times a tactic at a profile's opt
 // batch alone and runs it at every other: a profile 1:8:64 took kSegments and was 2.4 times too slow at 64.

@@ -90,7 +90,7 @@ struct WarpShared {
   struct Made {             // of a chunk by the first of both passes, which the second need not make again
     Floats delta[8][9];     // s delta of the channels of one g, clamped; the pad keeps them in different banks
     uint2 u_delta[32];      // of a lane, in fp16, as the walk wants it
-    uint2 u[32];            // the same
+    uint2 u[32];            // of a lane, in T
   };
   Fragments bc[8][32];                                  // by token, zero but for the token's own row and column
   uint4 dt_weight[Traits::kTiles][Traits::kSteps][32];  // fragments
@@ -397,12 +397,12 @@ __device__ __forceinline__ void walk_piece(const MambaScanParams& p, const Piece
       u_delta[0][0] = made_u_delta.x, u_delta[0][1] = made_u_delta.y;
       float skip[kOwn];
       Mine::get(channels->skip, skip);
-      const float4 u = unpack4<__half>(made_u);
+      const float4 u = unpack4<T>(made_u);
       y[0][0] = u.x * skip[0], y[0][1] = u.y * skip[0], y[0][2] = u.z * skip[1], y[0][3] = u.w * skip[1];
     }
     if constexpr (Traits::kBoth && kEndOnly) {
       lane_made[0] = make_uint2(u_delta[0][0], u_delta[0][1]);
-      lane_made[32] = pack4<__half>(y[0][0], y[0][1], y[0][2], y[0][3]);
+      lane_made[32] = pack4<T>(y[0][0], y[0][1], y[0][2], y[0][3]);
       lane_made += sizeof(*made) / sizeof(uint2);
     }
     if constexpr (kMakes) {
@@ -517,9 +517,11 @@ __device__ __forceinline__ void walk_piece(const MambaScanParams& p, const Piece
     }
     if (q == 0) *piece_sum(piece) = Mine::make(delta_sum);
     if (Traits::kBoth) {
-      __threadfence();
       __syncwarp();
-      if (lane == 0) atomicAdd(meeting_point, 1u);
+      if (lane == 0) {
+        __threadfence();
+        atomicAdd(meeting_point, 1u);
+      }
     }
     return;
   }
@@ -719,15 +721,11 @@ WalkPlan plan_one_pass(const MambaScanParams& p, int processors) {
   return plan;
 }
 
+// Shared memory of a block of a kernel of both passes: its own, and what so many chunks a piece need.
+template <typename Traits>
+constexpr size_t kOwnBytes = 2 * sizeof(WarpShared<Traits>) + sizeof(MeetShared<Traits>);
 template <typename Traits>
 size_t made_bytes(int chunks) { return 2 * (static_cast<size_t>(chunks) + 1) * sizeof(typename WarpShared<Traits>::Made); }
-
-// Of a kernel of both passes, with so many chunks a piece.
-template <typename Traits>
-int64_t resident_blocks(int chunks) {
-  return blocks_at_once<walk_kernel<Traits>>(Traits::kThreads, 2 * sizeof(WarpShared<Traits>) + sizeof(MeetShared<Traits>),
-                                             made_bytes<Traits>(chunks));
-}
 
 int64_t groups_of_weights(const MambaScanParams& p) { return static_cast<int64_t>(p.batch) * merge_groups(p); }
 
@@ -735,6 +733,9 @@ WalkPlan plan_two_passes(const MambaScanParams& p, int processors) {
   const int chunks = (p.seqlen + 7) / 8;
   const int64_t blocks = static_cast<int64_t>(p.batch) * (p.d_inner / 16);
   WalkPlan best = {1, 1, chunks, false, DBL_MAX};
+  using Largest = WalkTraits<__half, 4, 1, Passes::kBoth>;  // the one with the most shared memory
+  const bool may_meet = p.meetings && blocks <= kMeetings;
+  const Residency resident = may_meet ? residency<walk_kernel<Largest>>(Largest::kThreads) : Residency{};
   for (int pieces = 2; pieces <= std::min(kMaxPieces, chunks / 2) && blocks * pieces <= kMaxPieceBlocks; pieces++) {
     const int length = (chunks + pieces - 1) / pieces, count = (chunks + length - 1) / length, piece = p.cls_index / 8 / length;
     const bool cls = p.cls_index >= 0;
@@ -742,9 +743,8 @@ WalkPlan plan_two_passes(const MambaScanParams& p, int processors) {
     const double apart = walk_cycles(kNarrowEnd, ends, 8 * length, processors) +
                          walk_cycles(kNarrow, walks, 8 * length, processors) + kChainCycles * count;
     if (apart < best.cycles) best = {1, count, length, false, apart};
-    if (!p.meetings || blocks > kMeetings) continue;
     const int64_t all = blocks * count + groups_of_weights(p);  // merge weights take at least a block a group
-    if (all > resident_blocks<WalkTraits<__half, 4, 1, Passes::kBoth>>(length)) continue;  // the one with the most shared memory
+    if (all > resident.with_shared(kOwnBytes<Largest> + made_bytes<Largest>(length))) continue;
     // To meet costs what the second pass need not make again.
     const double together = walk_cycles(kNarrowEnd, all, 8 * length, processors) - kRoundCycles +
                             walk_cycles(kNarrow, cls ? walks : all, 8 * length, processors) + kChainCycles * count;
@@ -813,12 +813,12 @@ cudaError_t launch(const MambaScanParams& p, const WalkPlan& plan, cudaStream_t 
     using Traits = WalkTraits<T, kSteps, 1, Passes::kBoth>;
     constexpr auto kKernel = walk_kernel<Traits>;
     const size_t bytes = made_bytes<Traits>(plan.chunks);
-    if (all + groups <= resident_blocks<Traits>(plan.chunks)) {
+    if (all + groups <= residency<kKernel>(Traits::kThreads).with_shared(kOwnBytes<Traits> + bytes)) {
       // A cooperative grid fills one multiprocessor after the other, each with as many blocks as the fullest needs; so not a
       // block more for the merge weights than that leaves room for.
       const int64_t room = (all + groups + processors - 1) / processors * processors;
       const auto blocks = static_cast<unsigned>(all + weights(all, room - all));
-      cudaError_t status = allow_shared<kKernel>(bytes, 2 * sizeof(WarpShared<Traits>) + sizeof(MeetShared<Traits>));
+      cudaError_t status = allow_shared<kKernel>(bytes, kOwnBytes<Traits>);
       if (status != cudaSuccess) return status;
       status = launch_resident<kKernel>(dim3(blocks), dim3(Traits::kThreads), bytes, stream, p, pieces);
       if (status != cudaErrorCooperativeLaunchTooLarge) return status;

@@ -589,14 +589,16 @@ void test_scan(const Case& c, DataType T) {
                          : T == DataType::kFloat16 ? 1e-3 : 8e-3;
     const std::string group = std::string("mamba_scan ") + name_of(tactic) + " " + name_of(T);
     report(group, c.text(), got.empty() ? NAN : scan_error(got[0], want), bound, trouble);
-    if (c.mode && got.size() > 1) {
+    auto report_weights = [&](const std::vector<Values>& values) {
       double worst = 0;
+      if (!c.mode || values.size() < 2) return;
       for (size_t k = 0; k < want.weights.size(); k++) {
-        const double error = std::fabs(got[1][k] - want.weights[k]) / std::max(want.weight_scale[k], 1e-30);
+        const double error = std::fabs(values[1][k] - want.weights[k]) / std::max(want.weight_scale[k], 1e-30);
         if (!(error <= worst)) worst = error;
       }
       report(std::string("merge_weights ") + name_of(T), c.text(), worst, 2e-5, "");
-    }
+    };
+    report_weights(got);
     if (tactic == MambaScanTactic::kWalkMmaTwoPass) {
       MambaScanParams apart = p;  // a kernel each
       apart.meetings = nullptr;
@@ -604,6 +606,7 @@ void test_scan(const Case& c, DataType T) {
       std::vector<Values> two;
       trouble = run_twice([&](cudaStream_t s) { return mamba_scan(apart, tactic, s); }, outputs, two);
       report(group + " apart", c.text(), two.empty() ? NAN : scan_error(two[0], want), bound, trouble);
+      report_weights(two);
     }
     const bool sliced = tactic == MambaScanTactic::kWalkMma || tactic == MambaScanTactic::kWalkMmaTwoPass;
     if ((c.mode == 1 || c.mode == 2) && sliced) {
@@ -769,8 +772,11 @@ void test_conv_shapes() {
   CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
   if (!kHasWgmma || major != 9) return;
   ConvXProjParams p{};
-  p.batch = 512, p.seqlen = 197, p.d_inner = 768, p.row = 56, p.type = DataType::kFloat16;  // over 144 tokens of any card
-  report("shapes", "ViM-S, batch 512", conv_xproj_shape(p) == ConvXProjShape::kWgmma ? 0 : 1, 0.5, "");
+  p.seqlen = 197, p.d_inner = 768, p.row = 56, p.type = DataType::kFloat16;
+  for (int batch : {64, 512}) {  // over 20 tokens a multiprocessor of any card
+    p.batch = batch;
+    report("shapes", "ViM-S, batch " + std::to_string(batch), conv_xproj_shape(p) == ConvXProjShape::kWgmma ? 0 : 1, 0.5, "");
+  }
 }
 
 // Pairs of tokens that do not exist: NaN there, every other weight as without them, in slices and in one block.
@@ -821,16 +827,45 @@ void test_streams() {
     CHECK_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     buffers.push_back(std::make_unique<ScanBuffers>(w, c, DataType::kFloat16, pairs));
   }
+  auto results = [&](int i) {
+    std::vector<unsigned char> all = buffers[i]->y.raw();
+    const std::vector<unsigned char> weights = buffers[i]->weights.raw();
+    all.insert(all.end(), weights.begin(), weights.end());
+    return all;
+  };
   std::vector<unsigned char> alone;
   int wrong = 0;
-  for (bool together : {false, true}) {
-    for (int round = 0; round < (together ? kRounds : 1); round++)
-      for (int i = 0; i < (together ? kStreams : 1); i++)
-        CHECK_CUDA(mamba_scan(buffers[i]->params(c, DataType::kFloat16), MambaScanTactic::kWalkMmaTwoPass, streams[i]));
+  for (int round = 0; round <= kRounds; round++) {
+    const int count = round ? kStreams : 1;  // first alone
+    for (int i = 0; i < count; i++)
+      for (const Buffer* b : {&buffers[i]->workspace, &buffers[i]->y, &buffers[i]->weights})
+        CHECK_CUDA(cudaMemsetAsync(b->data, 0xff, b->bytes, streams[i]));
+    for (int i = 0; i < count; i++)
+      CHECK_CUDA(mamba_scan(buffers[i]->params(c, DataType::kFloat16), MambaScanTactic::kWalkMmaTwoPass, streams[i]));
     CHECK_CUDA(cudaDeviceSynchronize());
-    if (!together) alone = buffers[0]->y.raw();
-    for (int i = 0; together && i < kStreams; i++)
-      wrong += std::memcmp(buffers[i]->y.raw().data(), alone.data(), buffers[i]->y.bytes) != 0;
+    if (!round) alone = results(0);
+    for (int i = 0; round && i < kStreams; i++) wrong += results(i) != alone;
+  }
+  for (double v : decode(alone, buffers[0]->y.bytes, DataType::kFloat16)) wrong += std::isnan(v);
+  for (const auto& b : buffers) {
+    const auto meetings = b->meetings.raw();
+    wrong += std::any_of(meetings.begin(), meetings.begin() + kMeetingBytes, [](unsigned char v) { return v != 0; });
+  }
+  // one kernel where the card is large enough, two without a place to meet
+  cudaDeviceProp device;
+  CHECK_CUDA(cudaGetDeviceProperties(&device, 0));
+  for (bool meet : {true, false}) {
+    MambaScanParams p = buffers[0]->params(c, DataType::kFloat16);
+    if (!meet) p.meetings = nullptr;
+    cudaGraph_t graph;
+    size_t nodes = 0;
+    CHECK_CUDA(cudaStreamBeginCapture(streams[0], cudaStreamCaptureModeGlobal));
+    CHECK_CUDA(mamba_scan(p, MambaScanTactic::kWalkMmaTwoPass, streams[0]));
+    CHECK_CUDA(cudaStreamEndCapture(streams[0], &graph));
+    CHECK_CUDA(cudaGraphGetNodes(graph, nullptr, &nodes));
+    CHECK_CUDA(cudaGraphDestroy(graph));
+    if (!meet || (device.multiProcessorCount >= 100 && device.sharedMemPerMultiprocessor >= 160 * 1024))
+      report("streams", meet ? "one kernel" : "two kernels", nodes == (meet ? 1 : 2) ? 0 : 1, 0.5, "");
   }
   for (auto& stream : streams) CHECK_CUDA(cudaStreamDestroy(stream));
   report("streams", "two pass, " + std::to_string(kStreams) + " at once", wrong, 0.5, "");
@@ -913,6 +948,7 @@ std::vector<Case> scan_cases() {
   cases.push_back(with([](Case& c) { c.scaled = true; }));
   cases.push_back(with([](Case& c) { c.scaled = true, c.cls = 98, c.mode = 1; }));
   cases.push_back(with([](Case& c) { c.scaled = true, c.seqlen = 577; }));
+  for (int mode : {1, 3}) cases.push_back(with([&](Case& c) { c.mode = mode, c.pairs = 2, c.seqlen = 577; }));
   for (int mode : {1, 2, 3})
     for (int pairs : {0, 1})
       for (int L : {9, 197})
