@@ -109,6 +109,7 @@ struct Taps {  // of a lane's two channels, forward and backward, halved for sil
 };
 
 __device__ __forceinline__ float4 half_of(float4 v) { return make_float4(.5f * v.x, .5f * v.y, .5f * v.z, .5f * v.w); }
+__device__ __forceinline__ float2 half_of(float2 v) { return make_float2(.5f * v.x, .5f * v.y); }
 
 // The window of x as a lane slides along tokens: rows as they lie in shared memory, and unpacked.
 struct Window {
@@ -206,7 +207,7 @@ __device__ __forceinline__ void wgmma_tile(const ConvXProjParams& p, int tokens)
   int* const sources = reinterpret_cast<int*>(shared + Traits::kSources);
 
   if (tid == 0) {
-    for (int s = 0; s < kXSlots; s++) barrier_init(x_full + 8 * s, 33 * kBringers), barrier_init(x_empty + 8 * s, kWarps);
+    for (int s = 0; s < kXSlots; s++) barrier_init(x_full + 8 * s, 32 * kBringers), barrier_init(x_empty + 8 * s, kWarps);
     for (int s = 0; s < kWeightSlots; s++) barrier_init(weights_full + 8 * s, kBringers), barrier_init(weights_empty + 8 * s, kWarps);
     for (int g = 0; g < kWarpgroups; g++) barrier_init(weights_empty + 8 * (kWeightSlots + g), 4);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -230,8 +231,6 @@ __device__ __forceinline__ void wgmma_tile(const ConvXProjParams& p, int tokens)
     const float* taps_at = p.conv_weight + 4 * (tap_dir * E + tap);
     const float* bias_at = p.conv_bias + (thread / (kDepth / 4)) * E + 4 * (thread % (kDepth / 4));
     const int taps_place = tap_dir * (kDepth * 16) + (tap & 1) * (kDepth * 8) + (tap >> 1) * 16;
-    const bool brings_bias = thread < kDepth / 2;
-    float4 next_taps = load4(taps_at), next_bias = brings_bias ? load4(bias_at) : next_taps;  // of the next step
     const int weight_step = kRowsAtOnce * (E / 8), weight_place = first_row * kLine + ((piece ^ (first_row & 7)) << 4);
     int source[kXCopies];
 #pragma unroll
@@ -253,17 +252,11 @@ __device__ __forceinline__ void wgmma_tile(const ConvXProjParams& p, int tokens)
         for (int i = 0; i < kXCopies; i++)  // rows of zeros are made here, too
           if (kRowsAtOnce * i < x_rows)
             copy_async16(to + i * (kRowsAtOnce * kLine), x_at + static_cast<unsigned>(max(source[i], 0)), source[i] >= 0);
-        barrier_arrive_after_copies(x_full + 8 * x.slot);
         unsigned char* const taps = shared + Traits::kTaps + x.slot * Traits::kTapsSlot;
-        *reinterpret_cast<float4*>(taps + taps_place) = half_of(next_taps);
-        if (brings_bias) *reinterpret_cast<float4*>(taps + Traits::kBias + thread * 16) = half_of(next_bias);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(x_full + 8 * x.slot);
+        copy_async16(taps + taps_place, taps_at, true);
+        if (thread < kDepth / 2) copy_async16(taps + Traits::kBias + thread * 16, bias_at, true);
+        barrier_arrive_after_copies(x_full + 8 * x.slot);
         x_at += kDepth / 8, taps_at += 4 * kDepth, bias_at += kDepth;
-        if (step + 1 < steps) {
-          next_taps = load4(taps_at);
-          if (brings_bias) next_bias = load4(bias_at);
-        }
         x.next();
       }
       barrier_wait(weights_empty + 8 * w.slot, w.phase ^ 1);
@@ -332,9 +325,9 @@ __device__ __forceinline__ void wgmma_tile(const ConvXProjParams& p, int tokens)
       const unsigned char* const at = shared + x_ring.slot * Traits::kTapsSlot + taps_place;
       const float4* w = reinterpret_cast<const float4*>(at);
       const float2* bias = reinterpret_cast<const float2*>(at + Traits::kBias - lane * 8);
-      taps.forward0 = w[0], taps.forward1 = w[kDepth / 2];
-      taps.backward0 = w[kDepth], taps.backward1 = w[kDepth + kDepth / 2];
-      taps.forward_bias = bias[0], taps.backward_bias = bias[kDepth / 2];
+      taps.forward0 = half_of(w[0]), taps.forward1 = half_of(w[kDepth / 2]);
+      taps.backward0 = half_of(w[kDepth]), taps.backward1 = half_of(w[kDepth + kDepth / 2]);
+      taps.forward_bias = half_of(bias[0]), taps.backward_bias = half_of(bias[kDepth / 2]);
     }
     Window window;
     conv_start<T>(window, x);
