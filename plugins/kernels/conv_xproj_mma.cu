@@ -8,8 +8,8 @@ bool conv_xproj_tensor_core_supported(int32_t d_inner, int32_t row, DataType typ
   return type != DataType::kFloat32 && d_inner % 32 == 0 && row <= 96;
 }
 
-// From so many tokens a multiprocessor on wgmma takes. On an H200, of ViM-Ti / S / B, it needs 0.98 / 1.01 / 0.85 of the time of
-// the best other shape at 24 tokens, 0.86 / 0.90 / 1.00 at 96, 0.85 / 0.91 / 0.92 at 154. Fewer are untimed.
+// From so many tokens a multiprocessor on wgmma is taken. On an H200 it needs, for ViM-Ti / S / B, 0.98 / 1.01 / 0.86 of the time
+// of the best other shape at 24 tokens, 0.86 / 0.90 / 1.00 at 96, 0.85 / 0.87 / 0.89 at 154; at 12 tokens 1.24 / 1.29 / 1.29.
 constexpr int32_t kWgmmaTokens = 20;
 
 // The most blocks or warps that still run at once: a second round costs as much as the first.

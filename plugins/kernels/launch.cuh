@@ -31,9 +31,8 @@ inline size_t shared_bytes_of_processor() {
   return static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, 228 * 1024));
 }
 
-// Dynamic shared memory beyond 48 KB must be asked for, once a kernel and device; never less than before, since another
-// thread may be about to launch with that.
-// `of_its_own`: what the kernel has without asking.
+// Dynamic shared memory beyond 48 KB, with what the kernel has `of_its_own`, must be asked for, once a kernel and device; never
+// less than before, since another thread may be about to launch with that.
 template <auto kKernel>
 cudaError_t allow_shared(size_t bytes, size_t of_its_own = 0) {
   constexpr int kDevices = 64;
@@ -68,24 +67,31 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 
+// What ask(device) says of the current device, 0 or more, asked once a device and kind of question; 0 where there is none.
+template <typename Ask>
+int once_a_device(Ask ask) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];  // one more than the answer
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
+  int answer = known[device].load(std::memory_order_relaxed);
+  if (answer == 0) {
+    answer = ask(device) + 1;
+    known[device].store(answer, std::memory_order_relaxed);
+  }
+  return answer - 1;
+}
+
 // Whether the code that this device runs for the kernel has the wait: compiled for sm_90 or later, and the device is one.
-// Asked once a kernel and device.
 template <auto kKernel>
 bool can_overlap() {
-  constexpr int kDevices = 64;
-  static std::atomic<signed char> known[kDevices];  // 0 not asked, 1 no, 2 yes
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
-  signed char answer = known[device].load(std::memory_order_relaxed);
-  if (answer == 0) {
+  return once_a_device([](int device) {
     cudaFuncAttributes attributes{};
     int major = 0;
     const bool asked = cudaFuncGetAttributes(&attributes, kKernel) == cudaSuccess &&
                        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess;
-    answer = asked && major >= 9 && attributes.ptxVersion >= 90 ? 2 : 1;
-    known[device].store(answer, std::memory_order_relaxed);
-  }
-  return answer == 2;
+    return asked && major >= 9 && attributes.ptxVersion >= 90 ? 1 : 0;
+  });
 }
 
 // launch_dependent<kernel>(grid, block, shared bytes, stream, arguments...)
@@ -115,22 +121,15 @@ struct Residency {
 // No blocks where it cannot promise that all of a grid run at once. Some calls of the CUDA runtime: once a launch, not in a loop.
 template <auto kKernel>
 Residency residency(int threads) {
-  constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];  // blocks of a multiprocessor, and one more
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return {};
-  int answer = known[device].load(std::memory_order_relaxed);
-  if (answer == 0) {
-    int blocks = 0;
-    if (!device_attribute(cudaDevAttrCooperativeLaunch, 0) ||
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, threads, 0) != cudaSuccess) {
-      cudaGetLastError();
-      blocks = 0;
-    }
-    answer = blocks + 1;
-    known[device].store(answer, std::memory_order_relaxed);
-  }
-  return {processors_of_device(), answer - 1, shared_bytes_of_processor(), shared_bytes_of_device()};
+  const int blocks = once_a_device([threads](int) {
+    int most = 0;
+    if (device_attribute(cudaDevAttrCooperativeLaunch, 0) &&
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&most, kKernel, threads, 0) == cudaSuccess)
+      return most;
+    cudaGetLastError();
+    return 0;
+  });
+  return {processors_of_device(), blocks, shared_bytes_of_processor(), shared_bytes_of_device()};
 }
 
 // A kernel whose blocks wait for each other: all run at once, or it is cudaErrorCooperativeLaunchTooLarge.

@@ -27,15 +27,9 @@ bool valid(const MambaScanParams& p) {
 // number up to 24.
 constexpr int32_t kSegmentsChannels = 21;
 
-MambaScanTactic fastest(const MambaScanParams& p, int32_t processors) {
-  const int64_t channels = static_cast<int64_t>(p.batch) * p.d_inner;
-  if (mamba_scan_segments_supported(p.seqlen, p.d_inner, p.d_state, p.dt_rank, p.type) &&
-      channels <= static_cast<int64_t>(processors) * kSegmentsChannels)
-    return MambaScanTactic::kSegments;
-  const bool two_pass =
-      mamba_scan_walk_two_pass_supported(p.seqlen, p.d_inner, p.d_state, p.dt_rank, p.row, p.type) &&
-      mamba_scan_walk_cycles(p, processors, true) < mamba_scan_walk_cycles(p, processors, false);
-  return two_pass ? MambaScanTactic::kWalkMmaTwoPass : MambaScanTactic::kWalkMma;
+bool segments_are_fastest(const MambaScanParams& p, int32_t processors) {
+  return mamba_scan_segments_supported(p.seqlen, p.d_inner, p.d_state, p.dt_rank, p.type) &&
+         static_cast<int64_t>(p.batch) * p.d_inner <= static_cast<int64_t>(processors) * kSegmentsChannels;
 }
 
 }  // namespace
@@ -69,22 +63,25 @@ cudaError_t mamba_scan(const MambaScanParams& p, MambaScanTactic tactic, cudaStr
   if (p.batch == 0) return cudaSuccess;
   cudaError_t status = cudaErrorInvalidValue;
   const int32_t processors = processors_of_device();
-  if (tactic == MambaScanTactic::kAdaptive) tactic = fastest(p, processors);
   switch (tactic) {
     case MambaScanTactic::kSimple: status = mamba_scan_simple(p, stream); break;
     case MambaScanTactic::kWalkMma:
       if (mamba_scan_walk_supported(p.d_inner, p.d_state, p.dt_rank, p.row, p.type))
-        status = mamba_scan_walk(p, processors, false, stream);
+        status = mamba_scan_walk(p, processors, WalkPasses::kOne, stream);
       break;
     case MambaScanTactic::kWalkMmaTwoPass:
       if (mamba_scan_walk_two_pass_supported(p.seqlen, p.d_inner, p.d_state, p.dt_rank, p.row, p.type))
-        status = mamba_scan_walk(p, processors, true, stream);
+        status = mamba_scan_walk(p, processors, WalkPasses::kTwo, stream);
       break;
     case MambaScanTactic::kSegments:
       if (mamba_scan_segments_supported(p.seqlen, p.d_inner, p.d_state, p.dt_rank, p.type))
         status = mamba_scan_segments(p, processors, stream);
       break;
-    case MambaScanTactic::kAdaptive: break;  // resolved above
+    case MambaScanTactic::kAdaptive:
+      if (segments_are_fastest(p, processors)) status = mamba_scan_segments(p, processors, stream);
+      else if (mamba_scan_walk_supported(p.d_inner, p.d_state, p.dt_rank, p.row, p.type))
+        status = mamba_scan_walk(p, processors, WalkPasses::kFaster, stream);
+      break;
   }
   // The other kernels carry the merge weights in their own grid.
   return status == cudaSuccess && tactic == MambaScanTactic::kSimple ? merge_weights(p, stream) : status;

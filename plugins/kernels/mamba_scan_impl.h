@@ -13,10 +13,10 @@ bool mamba_scan_walk_supported(int32_t d_inner, int32_t d_state, int32_t dt_rank
 bool mamba_scan_walk_two_pass_supported(int32_t seqlen, int32_t d_inner, int32_t d_state, int32_t dt_rank, int32_t row,
                                         DataType type);
 size_t mamba_scan_walk_workspace_bytes(int64_t batch, int64_t seqlen, int64_t d_inner);  // of two passes; one needs none
-// Predicted for a card of that many multiprocessors, to be compared with each other only.
-double mamba_scan_walk_cycles(const MambaScanParams& p, int32_t processors, bool two_pass);
-// two_pass where the batch alone fills the card is one pass.
-cudaError_t mamba_scan_walk(const MambaScanParams& p, int32_t processors, bool two_pass, cudaStream_t stream);
+// Over L: one, two (where the batch alone fills the card, one), or what is predicted to be faster on a card of that many
+// multiprocessors.
+enum class WalkPasses { kOne, kTwo, kFaster };
+cudaError_t mamba_scan_walk(const MambaScanParams& p, int32_t processors, WalkPasses passes, cudaStream_t stream);
 
 // merge_weights of p.merge_pairs, from x_dbl, dt_weight, dt_bias, A and decay_scale; nothing if there are none.
 cudaError_t merge_weights(const MambaScanParams& p, cudaStream_t stream);

@@ -186,7 +186,6 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
 struct WarpPlace {
   int dir, lane, g, q;
   int tile, piece, b;
-  int cls_piece;  // -1: every token
   bool end_needed;  // by other pieces
 };
 
@@ -659,7 +658,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) void walk_k
   wait_for_previous();
   let_next_start();
   const bool end_needed = dir ? piece > max(cls_piece, 0) : piece < (cls < 0 ? pieces.count - 1 : cls_piece);
-  const WarpPlace at = {dir, lane, g, q, tile, piece, b, cls_piece, end_needed};
+  const WarpPlace at = {dir, lane, g, q, tile, piece, b, end_needed};
   if constexpr (Traits::kBoth) {
     extern __shared__ __align__(16) unsigned char dynamic_shared[];
     auto* const made = reinterpret_cast<typename WarpShared<Traits>::Made*>(dynamic_shared) + dir * (pieces.chunks + 1);
@@ -727,6 +726,15 @@ constexpr size_t kOwnBytes = 2 * sizeof(WarpShared<Traits>) + sizeof(MeetShared<
 template <typename Traits>
 size_t made_bytes(int chunks) { return 2 * (static_cast<size_t>(chunks) + 1) * sizeof(typename WarpShared<Traits>::Made); }
 
+// Blocks that walk, of `tiles` in all images and `count` pieces of so many chunks: in a first pass that is a kernel of its own,
+// and in the last.
+int64_t blocks_of_ends(const MambaScanParams& p, int64_t tiles, int count, int chunks) {
+  if (p.cls_index < 0) return tiles * (count - 1);
+  const int piece = p.cls_index / 8 / chunks;
+  return tiles * std::max(piece, count - 1 - piece);
+}
+int64_t blocks_of_walks(const MambaScanParams& p, int64_t tiles, int count) { return p.cls_index < 0 ? tiles * count : tiles; }
+
 int64_t groups_of_weights(const MambaScanParams& p) { return static_cast<int64_t>(p.batch) * merge_groups(p); }
 
 WalkPlan plan_two_passes(const MambaScanParams& p, int processors) {
@@ -737,9 +745,8 @@ WalkPlan plan_two_passes(const MambaScanParams& p, int processors) {
   const bool may_meet = p.meetings && blocks <= kMeetings;
   const Residency resident = may_meet ? residency<walk_kernel<Largest>>(Largest::kThreads) : Residency{};
   for (int pieces = 2; pieces <= std::min(kMaxPieces, chunks / 2) && blocks * pieces <= kMaxPieceBlocks; pieces++) {
-    const int length = (chunks + pieces - 1) / pieces, count = (chunks + length - 1) / length, piece = p.cls_index / 8 / length;
-    const bool cls = p.cls_index >= 0;
-    const int64_t ends = blocks * (cls ? std::max(piece, count - 1 - piece) : count - 1), walks = cls ? blocks : blocks * count;
+    const int length = (chunks + pieces - 1) / pieces, count = (chunks + length - 1) / length;
+    const int64_t ends = blocks_of_ends(p, blocks, count, length), walks = blocks_of_walks(p, blocks, count);
     const double apart = walk_cycles(kNarrowEnd, ends, 8 * length, processors) +
                          walk_cycles(kNarrow, walks, 8 * length, processors) + kChainCycles * count;
     if (apart < best.cycles) best = {1, count, length, false, apart};
@@ -747,7 +754,7 @@ WalkPlan plan_two_passes(const MambaScanParams& p, int processors) {
     if (all > resident.with_shared(kOwnBytes<Largest> + made_bytes<Largest>(length))) continue;
     // To meet costs what the second pass need not make again.
     const double together = walk_cycles(kNarrowEnd, all, 8 * length, processors) - kRoundCycles +
-                            walk_cycles(kNarrow, cls ? walks : all, 8 * length, processors) + kChainCycles * count;
+                            walk_cycles(kNarrow, p.cls_index < 0 ? all : walks, 8 * length, processors) + kChainCycles * count;
     if (together < best.cycles) best = {1, count, length, true, together};
   }
   return best;
@@ -825,17 +832,12 @@ cudaError_t launch(const MambaScanParams& p, const WalkPlan& plan, cudaStream_t 
       cudaGetLastError();  // this process may use a part of the card only
     }
   }
-  int64_t walks = all;
   if (plan.count > 1) {
-    int64_t ends = tiles * (plan.count - 1);
-    if (p.cls_index >= 0) {
-      const int piece = p.cls_index / 8 / plan.chunks;
-      ends = tiles * std::max(piece, plan.count - 1 - piece), walks = tiles;
-    }
+    const int64_t ends = blocks_of_ends(p, tiles, plan.count, plan.chunks);
     const cudaError_t status = launch_walk<WalkTraits<T, kSteps, 1, Passes::kEnds>>(ends, 0, stream, p, pieces);
     if (status != cudaSuccess) return status;
   }
-  const int64_t with = weights(walks, INT_MAX);
+  const int64_t walks = blocks_of_walks(p, tiles, plan.count), with = weights(walks, INT_MAX);
   return plan.tiles == 2 ? launch_walk<WalkTraits<T, kSteps, 2, Passes::kWalk>>(walks, with, stream, p, pieces)
                          : launch_walk<WalkTraits<T, kSteps, 1, Passes::kWalk>>(walks, with, stream, p, pieces);
 }
@@ -871,15 +873,12 @@ size_t mamba_scan_walk_workspace_bytes(int64_t batch, int64_t seqlen, int64_t d_
   return static_cast<size_t>(std::min<int64_t>(kMaxPieceBlocks, batch * (d_inner / 16) * pieces)) * kPieceBlockBytes;
 }
 
-double mamba_scan_walk_cycles(const MambaScanParams& p, int32_t processors, bool two_pass) {
-  return (two_pass ? plan_two_passes(p, processors) : plan_one_pass(p, processors)).cycles;
-}
-
-cudaError_t mamba_scan_walk(const MambaScanParams& p, int32_t processors, bool two_pass, cudaStream_t stream) {
+cudaError_t mamba_scan_walk(const MambaScanParams& p, int32_t processors, WalkPasses passes, cudaStream_t stream) {
   WalkPlan plan = plan_one_pass(p, processors);
-  if (two_pass) {
+  if (passes == WalkPasses::kTwo || (passes == WalkPasses::kFaster && p.seqlen > kLongSeqlen)) {
     const WalkPlan two = plan_two_passes(p, processors);
-    if (two.count > 1) plan = two;  // else the batch alone is more than the workspace was made for
+    // one piece: the batch alone is more than the workspace was made for
+    if (two.count > 1 && (passes == WalkPasses::kTwo || two.cycles < plan.cycles)) plan = two;
   }
   return with_half_type(p.type, [&](auto zero) { return dispatch<decltype(zero)>(p, plan, stream); });
 }

@@ -199,6 +199,11 @@ struct Output {
   DataType type;
 };
 
+// Whether all of v from `from` up to `to` are `value`.
+bool all_are(int value, const std::vector<unsigned char>& v, size_t from, size_t to) {
+  return std::all_of(v.data() + from, v.data() + to, [value](unsigned char byte) { return byte == value; });
+}
+
 // Runs `enqueue` twice, the second time captured; returns what is wrong apart from the values, and the values.
 std::string run_twice(const std::function<cudaError_t(cudaStream_t)>& enqueue, const std::vector<Output>& outputs,
                       std::vector<Values>& values) {
@@ -232,11 +237,7 @@ std::string run_twice(const std::function<cudaError_t(cudaStream_t)>& enqueue, c
     for (size_t i = 0; i < outputs.size(); i++) {
       const auto raw = outputs[i].buffer->raw();
       const size_t bytes = outputs[i].buffer->bytes;
-      for (size_t j = bytes; j < raw.size(); j++)
-        if (raw[j] != kCanary) {
-          trouble += " canary of output " + std::to_string(i);
-          break;
-        }
+      if (!all_are(kCanary, raw, bytes, raw.size())) trouble += " canary of output " + std::to_string(i);
       if (pass == 0) {
         first.push_back(raw);
         values.push_back(decode(raw, bytes, outputs[i].type));
@@ -568,22 +569,13 @@ void test_scan(const Case& c, DataType T) {
     std::vector<Values> got;
     std::string trouble = run_twice([&](cudaStream_t s) { return mamba_scan(p, tactic, s); }, outputs, got);
     const auto scratch = buffers.scratch.raw();
-    if (std::any_of(scratch.begin(), scratch.begin() + kMergeBlocks * sizeof(int32_t), [](unsigned char v) { return v != 0; }))
-      trouble += " tickets are left";
-    if (std::any_of(scratch.begin() + kMergeScratchBytes, scratch.end(), [](unsigned char v) { return v != kCanary; }))
-      trouble += " canary of the scratch";
+    if (!all_are(0, scratch, 0, kMergeBlocks * sizeof(int32_t))) trouble += " tickets are left";
+    if (!all_are(kCanary, scratch, kMergeScratchBytes, scratch.size())) trouble += " canary of the scratch";
     const auto meetings = buffers.meetings.raw();
-    for (size_t j = 0; j < meetings.size(); j++)
-      if (meetings[j] != (j < kMeetingBytes ? 0 : kCanary)) {
-        trouble += j < kMeetingBytes ? " meetings are left" : " canary of the meetings";
-        break;
-      }
+    if (!all_are(0, meetings, 0, kMeetingBytes)) trouble += " meetings are left";
+    if (!all_are(kCanary, meetings, kMeetingBytes, meetings.size())) trouble += " canary of the meetings";
     const auto workspace = buffers.workspace.raw();
-    for (size_t j = buffers.workspace.bytes; j < workspace.size(); j++)
-      if (workspace[j] != kCanary) {
-        trouble += " canary of the workspace";
-        break;
-      }
+    if (!all_are(kCanary, workspace, buffers.workspace.bytes, workspace.size())) trouble += " canary of the workspace";
     // fp32: 2 ulp of ex2.approx, compounded over the memory of a slow state. fp16: prototypes had 2.1e-4 to 5.3e-4.
     const double bound = T == DataType::kFloat32 ? (c.level == Level::kTrained ? 1e-5 : 3e-5)
                          : T == DataType::kFloat16 ? 1e-3 : 8e-3;
@@ -847,10 +839,7 @@ void test_streams() {
     for (int i = 0; round && i < kStreams; i++) wrong += results(i) != alone;
   }
   for (double v : decode(alone, buffers[0]->y.bytes, DataType::kFloat16)) wrong += std::isnan(v);
-  for (const auto& b : buffers) {
-    const auto meetings = b->meetings.raw();
-    wrong += std::any_of(meetings.begin(), meetings.begin() + kMeetingBytes, [](unsigned char v) { return v != 0; });
-  }
+  for (const auto& b : buffers) wrong += !all_are(0, b->meetings.raw(), 0, kMeetingBytes);
   // one kernel where the card is large enough, two without a place to meet
   cudaDeviceProp device;
   CHECK_CUDA(cudaGetDeviceProperties(&device, 0));
