@@ -94,16 +94,23 @@ bool can_overlap() {
   });
 }
 
+// With one attribute, or with none where that is null.
+template <auto kKernel, typename... Arguments>
+cudaError_t launch_with(cudaLaunchAttribute* attribute, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                        Arguments&&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+  config.attrs = attribute, config.numAttrs = attribute ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kKernel, std::forward<Arguments>(arguments)...);
+}
+
 // launch_dependent<kernel>(grid, block, shared bytes, stream, arguments...)
 template <auto kKernel, typename... Arguments>
-cudaError_t launch_dependent(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
+cudaError_t launch_dependent(Arguments&&... arguments) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
-  config.attrs = &attribute, config.numAttrs = can_overlap<kKernel>() ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kKernel, std::forward<Arguments>(arguments)...);
+  return launch_with<kKernel>(can_overlap<kKernel>() ? &attribute : nullptr, std::forward<Arguments>(arguments)...);
 }
 
 // What the current device runs of a kernel at once.
@@ -132,16 +139,14 @@ Residency residency(int threads) {
   return {processors_of_device(), blocks, shared_bytes_of_processor(), shared_bytes_of_device()};
 }
 
-// A kernel whose blocks wait for each other: all run at once, or it is cudaErrorCooperativeLaunchTooLarge.
+// launch_resident<kernel>(the same): its blocks may wait for each other, since all run at once, or it is
+// cudaErrorCooperativeLaunchTooLarge.
 template <auto kKernel, typename... Arguments>
-cudaError_t launch_resident(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
+cudaError_t launch_resident(Arguments&&... arguments) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
-  config.attrs = &attribute, config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kKernel, std::forward<Arguments>(arguments)...);
+  return launch_with<kKernel>(&attribute, std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace stm
