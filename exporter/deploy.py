@@ -263,7 +263,7 @@ def export(
             sidecar: dict[str, Any] | None = None
             if engine:
                 with steps.step("lowering"):
-                    lowered = lower_tensorrt(proto, precision, options.fp16_accumulation)
+                    lowered = lower_tensorrt(proto, precision, options.fp16_accumulation, options.batch.max)
                     clock = timed("lower", clock)
                 with steps.step("building the engine"):
                     blob, info = build_engine(lowered, options, plugin_library=plugin_library, show_progress=show_progress)

@@ -23,7 +23,7 @@ from .errors import PluginError
 from .plugin_build import LIBRARY_FOLDER, read_build_info
 
 ABI_VERSION = 2  # STM_PLUGIN_ABI_VERSION of plugins/include/stm_plugins.h, which the lowering writes for
-CREATORS = ("StmPatchRows", "StmConvXProj", "StmMambaScan", "StmAddMergeNorm")
+CREATORS = ("StmPatchRows", "StmConvXProj", "StmMambaScan", "StmAddMergeNorm", "StmLinear")
 PACKAGE_FOLDER = Path(__file__).resolve().parent / LIBRARY_FOLDER
 BUILD_FOLDER = Path(__file__).resolve().parents[1] / "build"  # `cmake -B build` in a checkout
 ENVIRONMENT = "STM_PLUGIN_LIBRARY"

@@ -207,6 +207,13 @@ FUSED_OPS = (
         ),
         fused=True,
     ),
+    OpSpec(
+        "StmLinear",
+        "y = x weight^T, sums in float32, for few tokens: fp16 and bf16.",
+        (Operand("x", "batch, seqlen, in_features"), Operand("weight", "out_features, in_features")),
+        (Operand("y", "batch, seqlen, out_features"),),
+        fused=True,
+    ),
 )
 
 OPS = {op.name: op for op in PORTABLE_OPS + FUSED_OPS}

@@ -100,7 +100,7 @@ def verify_file(
     if not engine:
         return verify(path, model, precision=precision, batches=batches, bisect=bisect)
     options = BuildOptions(batch=BatchProfile(**meta["batch"]), fp16_accumulation=adds_up_in_fp16(meta))
-    lowered = lower_tensorrt(export_onnx(model), precision, options.fp16_accumulation)
+    lowered = lower_tensorrt(export_onnx(model), precision, options.fp16_accumulation, options.batch.max)
     config = model.config
     feeds = parity_inputs(config.image_size, config.mean, config.std, profile_batches(options.batch, tuple(batches)))
     return verify_engine(loaded, lowered, model, precision, options, feeds=feeds, bisect=bisect, plugin_library=plugin_library)

@@ -66,7 +66,7 @@ def reduced_engine(workshop: Workshop, spec: Any, reduction: Reduction, batch: i
     from ..engine import BatchProfile
     from ..passes.tensorrt import lower_tensorrt
 
-    lowered = lower_tensorrt(reduced_portable(workshop, spec, reduction), PRECISION)
+    lowered = lower_tensorrt(reduced_portable(workshop, spec, reduction), PRECISION, largest_batch=batch)
     engine, size, origin = workshop._built(lowered, f"{spec.model}-{spec.rate}-{PRECISION}-b{batch}", BatchProfile(batch, batch, batch))
     return EngineBackend("engine", engine, spec.image_size, PRECISION, weights=workshop.weights(spec), engine_bytes=size, notes=(origin,))
 

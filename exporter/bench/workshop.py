@@ -240,8 +240,8 @@ class Workshop:
         from ..passes.tensorrt import lower_tensorrt
 
         def make() -> EngineBackend:
-            lowered = lower_tensorrt(self.portable(spec), spec.precision, spec.fp16_accumulation)
             each = piece or batch
+            lowered = lower_tensorrt(self.portable(spec), spec.precision, spec.fp16_accumulation, each)
             engine, size, origin = self._built(lowered, f"{_stem(spec)}-{spec.precision}-b{each}", BatchProfile(each, each, each))
             weights = self.weights(spec)
             return EngineBackend(name, engine, spec.image_size, spec.precision, weights=weights, engine_bytes=size, notes=(origin,), piece=piece)

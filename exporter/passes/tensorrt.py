@@ -1,7 +1,7 @@
 """The `tensorrt` lowering: a portable model -> one whose patches, mixers, merges and norms are nodes of our plugin.
 
-detach_bodies, fuse_patch_embed, fuse_aligned, fuse_mixer, gather_rows, fuse_add_norm, cast_precision, then a check:
-what should be ours is ours, nothing else is.
+detach_bodies, fuse_patch_embed, fuse_aligned, fuse_mixer, gather_rows, fuse_add_norm, fuse_linear, cast_precision, then a
+check: what should be ours is ours, nothing else is.
 """
 
 from __future__ import annotations
@@ -15,13 +15,20 @@ from .cast_precision import cast_precision
 from .detach_bodies import detach_bodies
 from .fuse_add_norm import fuse_add_norm
 from .fuse_aligned import fuse_aligned
+from .fuse_linear import fuse_linear
 from .fuse_mixer import fuse_mixer
 from .fuse_patch_embed import fuse_patch_embed
 from .gather_rows import gather_rows
 
 
-def lower_tensorrt(model: onnx.ModelProto, precision: str = "fp32", fp16_accumulation: bool = False) -> onnx.ModelProto:
-    """Lower a portable model (unchanged) for TensorRT at fp32, fp16 or bf16; `fp16_accumulation` as in `cast_precision`.
+def lower_tensorrt(
+    model: onnx.ModelProto, precision: str = "fp32", fp16_accumulation: bool = False, largest_batch: int | None = None
+) -> onnx.ModelProto:
+    """Lower a portable model (unchanged) for TensorRT at fp32, fp16 or bf16.
+
+    Args:
+        fp16_accumulation: as in `cast_precision`.
+        largest_batch: of the engine's profile, as in `fuse_linear`; None leaves every product to TensorRT.
 
     Raises:
         ExportError: the model is not a portable ViM export; says what differs and where.
@@ -29,6 +36,7 @@ def lower_tensorrt(model: onnx.ModelProto, precision: str = "fp32", fp16_accumul
     graph = gs.import_onnx(model)
     for step in (detach_bodies, fuse_patch_embed, fuse_aligned, fuse_mixer, gather_rows, fuse_add_norm):
         graph = step(graph)
+    graph = fuse_linear(graph, precision, largest_batch)
     graph = cast_precision(graph, precision, fp16_accumulation)
     check_lowered(graph)
     # Reading types and shapes back from the portable graph would contradict what changed: TensorRT infers its own.
@@ -61,6 +69,9 @@ def check_lowered(graph: gs.Graph) -> None:
             counts[node.op] = counts.get(node.op, 0) + 1
     layers, scans = counts.get("StmConvXProj", 0), counts.get("StmMambaScan", 0)
     expected = {"StmPatchRows": 1, "StmConvXProj": layers, "StmMambaScan": scans, "StmAddMergeNorm": layers + 1}
+    linears = counts.pop("StmLinear", 0)
+    if linears > 2 * layers + 1:
+        raise ExportError(f"tensorrt: {linears} StmLinear; a ViM has two a layer and the patch embedding's")
     if not layers or not layers <= scans <= 2 * layers or counts != expected:
         raise ExportError(
             f"tensorrt: {counts}; a ViM has one StmPatchRows, a StmConvXProj and a StmMambaScan a layer (two where a method reads the "

@@ -6,6 +6,7 @@
 #include "../kernels/types.h"
 #include "add_merge_norm_plugin.h"
 #include "conv_xproj_plugin.h"
+#include "linear_plugin.h"
 #include "mamba_scan_plugin.h"
 #include "patch_rows_plugin.h"
 
@@ -22,11 +23,12 @@
 namespace {
 using namespace stm::trt;
 
-constexpr int kNbOps = 4;
+constexpr int kNbOps = 5;
 
 struct Ops {
-  OpEntry entries[kNbOps] = {patch_rows_op(), conv_xproj_op(), mamba_scan_op(), add_merge_norm_op()};
-  nvinfer1::IPluginCreatorInterface* creators[kNbOps] = {entries[0].creator, entries[1].creator, entries[2].creator, entries[3].creator};
+  OpEntry entries[kNbOps] = {patch_rows_op(), conv_xproj_op(), mamba_scan_op(), add_merge_norm_op(), linear_op()};
+  nvinfer1::IPluginCreatorInterface* creators[kNbOps] = {entries[0].creator, entries[1].creator, entries[2].creator, entries[3].creator,
+                                                       entries[4].creator};
 };
 
 Ops& ops() noexcept {

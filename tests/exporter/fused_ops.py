@@ -108,6 +108,17 @@ class StmAddMergeNorm(OpRun):
         return x.float().numpy(), normed.float().numpy()
 
 
+class StmLinear(OpRun):
+    op_domain = "stm"
+
+    def _run(self, x, weight, **_):
+        x, weight = wide(x, weight)
+        return ((x @ weight.T).float().numpy(),)
+
+
+OPS = [StmPatchRows, StmConvXProj, StmMambaScan, StmAddMergeNorm, StmLinear]
+
+
 def run_lowered(model, images):
-    session = ReferenceEvaluator(model, new_ops=[StmPatchRows, StmConvXProj, StmMambaScan, StmAddMergeNorm])
+    session = ReferenceEvaluator(model, new_ops=OPS)
     return session.run(None, {"images": images})[0]

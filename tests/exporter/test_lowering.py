@@ -15,6 +15,7 @@ from exporter.op_schema import FUSED_OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION
 from exporter.passes.cast_precision import cast_precision
 from exporter.passes.detach_bodies import detach_bodies
 from exporter.passes.fuse_add_norm import fuse_add_norm
+from exporter.passes.fuse_linear import fuse_linear
 from exporter.passes.fuse_mixer import fuse_mixer
 from exporter.passes.fuse_patch_embed import fuse_patch_embed
 from exporter.passes.tensorrt import check_lowered, lower_tensorrt, plugin_nodes
@@ -341,3 +342,61 @@ def test_plugin_nodes_refuse_what_the_parser_would_drop():
         plugin_node("StmMambaScan", "n", [], [], typo=1)
     with pytest.raises(ExportError, match="32 bits"):
         plugin_node("StmMambaScan", "n", [], [], cls_index=1 << 40)
+
+
+LINEAR = CONFIG.with_changes(d_model=64)  # in_features of 64 and 128
+
+
+def linear_model():
+    model = stm.VisionMamba(LINEAR, stm.make_plan(LINEAR, rate=0.3)).eval()
+    model.init_weights(3)
+    return model
+
+
+def linear_nodes(lowered):
+    return [node.name for node in lowered.graph.node if node.op_type == "StmLinear"]
+
+
+def test_products_of_few_tokens_become_linear_nodes():
+    lowered = lower_tensorrt(export_onnx(linear_model()), "fp16", largest_batch=2)
+    in_and_out = [f"layers.{layer}.mixer.{name}/StmLinear" for layer in range(LINEAR.depth) for name in ("in_proj", "out_proj")]
+    assert linear_nodes(lowered) == ["patch_embed.proj/StmLinear", *in_and_out]
+    assert not [node.name for node in lowered.graph.node if node.op_type == "MatMul" and "_proj" in node.name]
+    types = {tensor.name: tensor.data_type for tensor in lowered.graph.initializer}
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in lowered.graph.initializer}
+    node = next(node for node in lowered.graph.node if node.name == in_and_out[0])
+    assert types[node.input[1]] == onnx.TensorProto.FLOAT16 and shapes[node.input[1]] == (256, 64)
+
+
+def test_linear_nodes_compute_the_same():
+    model = linear_model()
+    images = torch.randn(3, 3, 96, 80, generator=torch.Generator().manual_seed(1))
+    graph = gs.import_onnx(export_onnx(model))
+    for step in (detach_bodies, fuse_patch_embed, fuse_mixer, fuse_add_norm):
+        graph = step(graph)
+    graph = fuse_linear(graph, "fp16", 3)  # its kernel has no float32, the reference evaluator has
+    lowered = gs.export_onnx(graph)
+    assert len(linear_nodes(lowered)) == 2 * LINEAR.depth + 1
+    with torch.no_grad():
+        want = model.double()(images.double()).float().numpy()
+    assert np.abs(run_lowered(lowered, images.numpy()) - want).max() <= 2e-5 * want.std()
+
+
+def test_other_products_stay(monkeypatch):
+    portable = export_onnx(linear_model())
+    assert not linear_nodes(lower_tensorrt(portable, "fp16"))  # any batch may come
+    assert not linear_nodes(lower_tensorrt(portable, "fp32", largest_batch=1))
+    odd = linear_nodes(lower_tensorrt(export_onnx(make()), "bf16", largest_batch=1))
+    assert odd and not [name for name in odd if "in_proj" in name]  # of 32 features
+    # 31 tokens: in_proj has 31 x 64 x 256 products, out_proj half as many, and fewer where tokens have gone
+    monkeypatch.setattr("exporter.passes.fuse_linear.MOST_PRODUCTS", 4 * 31 * 128 * 64)
+    few = linear_nodes(lower_tensorrt(portable, "bf16", largest_batch=4))
+    assert "layers.0.mixer.out_proj/StmLinear" in few and "layers.0.mixer.in_proj/StmLinear" not in few
+
+
+def test_more_linear_nodes_than_products_are_refused():
+    graph = gs.import_onnx(lower_tensorrt(export_onnx(linear_model()), "fp16", largest_batch=1))
+    first = next(node for node in graph.nodes if node.op == "StmLinear")
+    graph.nodes.append(plugin_node("StmLinear", "another", list(first.inputs), [gs.Variable("out", np.float16)]))
+    with pytest.raises(ExportError, match="10 StmLinear"):
+        check_lowered(graph)

@@ -1,6 +1,6 @@
 // kernel_test.cu: every kernel, tactic and type against a float64 reference on the CPU; with --time, how long they
 // take.
-//   kernel_test [--quick] [--time [--size MODEL:BATCH:TOKENS]...] [--only conv|scan|norm|patch] [--type fp32|fp16|bf16] [--verbose]
+//   kernel_test [--quick] [--time [--size MODEL:BATCH:TOKENS]...] [--only conv|scan|linear|norm|patch] [--type fp32|fp16|bf16] [--verbose]
 // Outputs start as NaN, with canaries behind them; each case runs twice, the second time from a captured graph, and
 // both results must be equal bit for bit. The reference gets the inputs as rounded to T. Exit code 1 after a failure.
 #include <cuda_bf16.h>
@@ -23,6 +23,7 @@
 #include "../add_merge_norm.h"
 #include "../conv_xproj.h"
 #include "../conv_xproj_impl.h"
+#include "../linear.h"
 #include "../mamba_scan.h"
 #include "../patch_rows.h"
 
@@ -716,6 +717,58 @@ void test_norm(const NormCase& c, DataType T) {
   report(group, c.text() + " normed", ran ? relative_error(got[1], want_normed) : NAN, bound, trouble);
 }
 
+// ---- linear ------------------------------------------------------------------------------------------------------
+
+struct LinearCase {
+  int64_t rows;
+  int in_features, out_features;
+};
+
+std::string name_of(const LinearShape& shape) {
+  return std::to_string(shape.rows) + " x " + std::to_string(shape.columns) + ", " + std::to_string(shape.across) + " x " +
+         std::to_string(shape.along) + " warps";
+}
+
+LinearParams linear_params(const LinearCase& c, DataType T, const Buffer& x, const Buffer& weight, const Buffer& y) {
+  LinearParams p{};
+  p.rows = c.rows, p.in_features = c.in_features, p.out_features = c.out_features, p.type = T;
+  p.x = x.data, p.weight = weight.data, p.y = y.data;
+  return p;
+}
+
+void test_linear(const LinearCase& c, DataType T) {
+  const int64_t K = c.in_features, N = c.out_features;
+  const Values x = gaussian(T, c.rows * K, 0, 1, 1), weight = gaussian(T, N * K, 0, 1 / std::sqrt(static_cast<double>(K)), 2);
+  Values want(static_cast<size_t>(c.rows * N));
+  parallel_for(c.rows, [&](int64_t m) {
+    for (int64_t n = 0; n < N; n++) {
+      double s = 0;
+      for (int64_t k = 0; k < K; k++) s += x[m * K + k] * weight[n * K + k];
+      want[m * N + n] = s;
+    }
+  });
+  const Buffer x_buffer(x, T), weight_buffer(weight, T);
+  Buffer y(want.size() * size_of(T));
+  const LinearParams p = linear_params(c, T, x_buffer, weight_buffer, y);
+  const std::string text = "rows " + std::to_string(c.rows) + ", " + std::to_string(K) + " to " + std::to_string(N);
+  if (T == DataType::kFloat32) {
+    report("linear fp32", text, 0, 1, linear_supported(c.in_features, c.out_features, T) ? "is said to be supported" : "");
+    return;
+  }
+  const double bound = T == DataType::kFloat16 ? 4e-4 : 3e-3;  // y is rounded to T
+  int runs = 0;
+  for (int i = -1; i < kNbLinearShapes; i++) {
+    auto enqueue = [&](cudaStream_t s) { return i < 0 ? linear(p, s) : linear(p, i, s); };
+    if (i >= 0 && enqueue(nullptr) == cudaErrorInvalidConfiguration) continue;
+    runs++;
+    std::vector<Values> got;
+    const std::string trouble = run_twice(enqueue, {{&y, T}}, got);
+    report(std::string("linear ") + (i < 0 ? "as chosen" : name_of(kLinearShapes[i])) + " " + name_of(T), text,
+           got.empty() ? NAN : relative_error(got[0], want), bound, trouble);
+  }
+  report("linear shapes", text, 0, 1, runs < 2 ? "none runs" : "");
+}
+
 // ---- patch_rows -------------------------------------------------------------------------------------------------
 
 struct PatchCase {
@@ -1037,6 +1090,20 @@ std::vector<Case> conv_cases() {
   return cases;
 }
 
+std::vector<LinearCase> linear_cases() {
+  if (options.quick) return {{9, 64, 32}, {41, 384, 192}, {197, 192, 768}, {70, 1536, 768}};
+  std::vector<LinearCase> cases;
+  for (int rows : {1, 7, 8, 9, 23, 24, 25, 39, 40, 41, 56, 57, 103, 104, 105}) cases.push_back({rows, 128, 384});
+  for (auto [K, N] : {std::pair<int, int>{64, 32}, {128, 16}, {128, 32}, {192, 96}, {448, 64}, {576, 128}, {1024, 16}, {2048, 192}})
+    cases.push_back({50, K, N});
+  for (const Model& m : kModels)
+    for (int rows : {158, 197, 577}) {
+      cases.push_back({rows, m.d_inner / 2, 2 * m.d_inner});
+      cases.push_back({rows, m.d_inner, m.d_inner / 2});
+    }
+  return cases;
+}
+
 std::vector<NormCase> norm_cases() {
   std::vector<NormCase> cases;
   auto add = [&](auto edit) {
@@ -1270,6 +1337,21 @@ void time_layer(const char* model, int E, int R, int batch, int L, DataType T) {
            time_us([&](cudaStream_t s) { return mamba_scan(merging, tactic, s); }), scan_floor);
     }
   }
+  if (wanted("linear") && T != DataType::kFloat32 && tokens <= 4096) {
+    for (const LinearCase& extents : {LinearCase{tokens, static_cast<int>(d), 2 * E}, {tokens, E, static_cast<int>(d)}}) {
+      const int64_t K = extents.in_features, N = extents.out_features;
+      const Values some = gaussian(T, 4999, 0, 1, 1);
+      const Buffer x(repeat(some, tokens * K), T), weight(repeat(some, N * K), T);
+      Buffer y(static_cast<size_t>(tokens * N) * size_of(T));
+      const LinearParams p = linear_params(extents, T, x, weight, y);
+      const double floor = static_cast<double>(tokens * (K + N) + N * K) * size / bytes;
+      for (int i = 0; i < kNbLinearShapes; i++) {
+        if (linear(p, i, nullptr) != cudaSuccess) continue;
+        line(K < N ? "in_proj" : "out_proj", (name_of(kLinearShapes[i]) + (i == linear_shape(p) ? " (chosen)" : "")).c_str(),
+             time_us([&](cudaStream_t s) { return linear(p, i, s); }), floor);
+      }
+    }
+  }
   if (wanted("norm")) {
     Buffer residual(static_cast<size_t>(tokens * d) * 4), hidden(static_cast<size_t>(tokens * d) * size_of(T)),
         norm_weight(static_cast<size_t>(d) * 4), residual_out(residual.bytes), normed(hidden.bytes);
@@ -1352,7 +1434,7 @@ void time_all() {
 }  // namespace
 
 const char kUsage[] =
-    "usage: kernel_test [--quick] [--time [--size Ti|S|B:BATCH:TOKENS]...] [--soak SECONDS [--shared]] [--only conv|scan|norm|patch] [--type fp32|fp16|bf16] [--verbose]";
+    "usage: kernel_test [--quick] [--time [--size Ti|S|B:BATCH:TOKENS]...] [--soak SECONDS [--shared]] [--only conv|scan|linear|norm|patch] [--type fp32|fp16|bf16] [--verbose]";
 
 int main(int argc, char** argv) {
   for (int i = 1; i < argc; i++) {
@@ -1385,6 +1467,8 @@ int main(int argc, char** argv) {
   if (options.soak > 0) soak(options.soak);
   for (DataType T : kTypes) {
     if (options.soak > 0 || (!options.type.empty() && options.type != name_of(T))) continue;
+    if (wanted("linear"))
+      for (const LinearCase& c : linear_cases()) test_linear(c, T);
     if (wanted("norm"))
       for (const NormCase& c : norm_cases()) test_norm(c, T);
     if (wanted("patch"))

@@ -228,6 +228,10 @@ Case conv_case(DataType T) {
           {{{2, kBatch, kSeqlen, kRow}, T}}, {"2,B,197,48"}};
 }
 
+Case linear_case(DataType T) {
+  return {"StmLinear", {}, {{{kBatch, kSeqlen, kModel}, T}, {{2 * kInner, kModel}, T}}, {{{kBatch, kSeqlen, 2 * kInner}, T}}, {"B,197,768"}};
+}
+
 Case scan_case(DataType T, int cls, int mode, int scaled) {
   Case c{"StmMambaScan", {{"cls_index", cls}, {"weight_mode", mode}, {"scaled_decay", scaled}},
          {{{kBatch, kSeqlen, 2 * kInner}, T}, {{2, kBatch, kSeqlen, kRow}, T}, {{2, kInner, 4}, F}, {{2, kInner}, F}, {{2, kInner, kRank}, T},
@@ -275,6 +279,7 @@ std::vector<Case> all_cases() {
     cases.push_back(patch_case(T, -1));
     cases.push_back(patch_case(T, 0, 233, 517, 14, 8));
     cases.push_back(conv_case(T));
+    if (T != DataType::kFLOAT) cases.push_back(linear_case(T));
     for (int mode : {0, 1, 2, 3}) for (int scaled : {0, 1}) cases.push_back(scan_case(T, -1, mode, scaled));
     cases.push_back(scan_case(T, 98, 0, 1));
     for (const char* merge : {"none", "edge", "table"}) cases.push_back(norm_case(T, merge));
@@ -505,6 +510,10 @@ void refuse_shape(Case c, size_t input, Shape shape, std::initializer_list<const
 }
 
 void check_bad_shapes() {
+  const Case linear = linear_case(DataType::kHALF);
+  refuse_shape(linear, 0, {kBatch, kSeqlen, 2, kModel}, {"StmLinear 'node_7'", "'x'", "(batch, seqlen, in_features)"});
+  refuse_shape(linear, 0, {kBatch, kSeqlen, 190}, {"in_features is", "190"});
+  refuse_shape(linear, 1, {100, kModel}, {"weight is (100, 192)", "leave others a MatMul"});
   const Case conv = conv_case(F), scan = scan_case(F, -1, 1, 1), cls = scan_case(F, 98, 0, 0);
   refuse_shape(conv, 0, {kBatch, kSeqlen}, {"StmConvXProj 'node_7'", "'xz'", "(batch, seqlen, 2 d_inner)"});
   refuse_shape(conv, 0, {kBatch, kSeqlen, 769}, {"'xz'", "769 is no 2 d_inner"});

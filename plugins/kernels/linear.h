@@ -1,0 +1,38 @@
+// linear.h: a linear layer for few rows: y = x weight^T, as in_proj and out_proj of a ViM mixer at batch 1. It starts while
+// the kernel before it still runs and brings its weights meanwhile; with many rows a library's GEMM is faster.
+#pragma once
+#include "types.h"
+
+namespace stm {
+
+struct LinearParams {  // contiguous; extents in elements
+  int64_t rows;                       // batch x seqlen
+  int32_t in_features, out_features;
+  DataType type;                      // T
+  const void* x;                      // (rows, in_features), T
+  const void* weight;                 // (out_features, in_features), T
+  void* y;                            // (rows, out_features), T; sums in float32
+};
+
+// Stored in engines: never renumber; zero is reserved by TensorRT.
+enum class LinearTactic : int32_t { kTensorCore = 1 };
+
+// How the work is cut: so many rows and columns of y a block, by `across` warps, `along` of which share their sums of
+// in_features. Tests run every one.
+struct LinearShape {
+  int32_t rows, columns, across, along;
+};
+constexpr LinearShape kLinearShapes[] = {{24, 16, 1, 4}, {24, 32, 2, 4}, {40, 32, 2, 2},
+                                         {40, 32, 2, 4}, {40, 64, 4, 2}, {40, 128, 4, 2}};
+constexpr int32_t kNbLinearShapes = sizeof kLinearShapes / sizeof *kLinearShapes;
+
+// fp16 and bf16; in_features a multiple of 64, out_features of 16, as far as shared memory goes.
+bool linear_supported(int32_t in_features, int32_t out_features, DataType type);
+// Index of the shape that is expected to be the fastest; -1 if none runs these extents.
+int32_t linear_shape(const LinearParams& p);
+// Enqueues only: no allocation, synchronisation or exception, so it may be captured. Needs no workspace.
+cudaError_t linear(const LinearParams& p, cudaStream_t stream);
+// With one of kLinearShapes; cudaErrorInvalidConfiguration where it does not fit.
+cudaError_t linear(const LinearParams& p, int32_t shape, cudaStream_t stream);
+
+}  // namespace stm
