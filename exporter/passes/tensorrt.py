@@ -67,13 +67,19 @@ def check_lowered(graph: gs.Graph) -> None:
             if node.op not in OPS or not OPS[node.op].fused:
                 raise ExportError(f"tensorrt: node {node.name!r} is {node.op}, which the plugin does not have")
             counts[node.op] = counts.get(node.op, 0) + 1
+            if node.op == "StmLinear":
+                for what in ("normed", "adds"):
+                    counts[what] = counts.get(what, 0) + node.attrs[what]
     layers, scans = counts.get("StmConvXProj", 0), counts.get("StmMambaScan", 0)
-    expected = {"StmPatchRows": 1, "StmConvXProj": layers, "StmMambaScan": scans, "StmAddMergeNorm": layers + 1}
-    linears = counts.pop("StmLinear", 0)
-    if linears > 2 * layers + 1:
-        raise ExportError(f"tensorrt: {linears} StmLinear; a ViM has two a layer and the patch embedding's")
+    linears, normed, adds = (counts.pop(key, 0) for key in ("StmLinear", "normed", "adds"))
+    if linears > 2 * layers + 1 or normed != adds or normed > max(layers - 1, 0):
+        raise ExportError(
+            f"tensorrt: {linears} StmLinear, {adds} of which add and {normed} normalise; a ViM has two a layer and the patch embedding's, "
+            "and each norm between them is of two"
+        )
+    expected = {"StmPatchRows": 1, "StmConvXProj": layers, "StmMambaScan": scans, "StmAddMergeNorm": layers + 1 - normed}
     if not layers or not layers <= scans <= 2 * layers or counts != expected:
         raise ExportError(
             f"tensorrt: {counts}; a ViM has one StmPatchRows, a StmConvXProj and a StmMambaScan a layer (two where a method reads the "
-            "directions apart), a StmAddMergeNorm before each and one after"
+            "directions apart), a StmAddMergeNorm before each, where two StmLinear do not do it, and one after"
         )

@@ -23,7 +23,7 @@ struct LinearTraits {
   static constexpr int kStage = 3;                                // chunks that come and are multiplied together
   static constexpr int kRoom = 2 * kStage;                        // chunks of x under way
   static constexpr int kSumRow = kColumns + 4;                    // floats; no bank conflicts
-  static_assert(kColumnTiles * kAcross * 16 == kColumns && kRowTiles * 8 == kRows);
+  static_assert(kColumnTiles * kAcross * 16 == kColumns && kRowTiles * 8 == kRows && kRows % 4 == 0);  // whole warps of eight lanes a row
 };
 
 template <typename Traits>
@@ -35,6 +35,12 @@ size_t shared_bytes(int in_features) {
   return std::max(weights + x, sums);
 }
 
+// Beside those: the residual's tile, the norm's factor of each row, and the squares that it comes from.
+template <typename Traits>
+size_t added_bytes(int in_features) {
+  return size_t{Traits::kRows} * (Traits::kSumRow + 1 + in_features / kSquaredColumns) * sizeof(float);
+}
+
 // Rows of 2 kChunk bytes, their pieces of 16 bytes in an order by which eight rows' pieces of one column lie in different banks.
 template <typename Traits>
 __device__ __forceinline__ int place_of(int row, int piece) {
@@ -43,7 +49,8 @@ __device__ __forceinline__ int place_of(int row, int piece) {
 
 // Grid: tiles of rows (fastest) x tiles of columns. weight is the mma's left operand, so that rows come in eights.
 template <typename Traits>
-__global__ __launch_bounds__(Traits::kThreads) void linear_kernel(const __grid_constant__ LinearParams p) {
+__global__ __launch_bounds__(Traits::kThreads) void linear_kernel(const __grid_constant__ LinearParams p,
+                                                                            int added_at) {
   using T = typename Traits::T;
   constexpr int kRows = Traits::kRows, kColumns = Traits::kColumns, kPieces = Traits::kPieces, kStage = Traits::kStage;
   constexpr int kRowTiles = Traits::kRowTiles, kColumnTiles = Traits::kColumnTiles, kThreads = Traits::kThreads;
@@ -52,6 +59,10 @@ __global__ __launch_bounds__(Traits::kThreads) void linear_kernel(const __grid_c
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
   const int first_column = static_cast<int>(blockIdx.y) * kColumns;
   unsigned char* const x_shared = shared + chunks * (kColumns * Traits::kChunkBytes);
+  auto* const added = reinterpret_cast<float*>(shared + added_at);  // the residual's tile, as the sums lie
+  float* const factors = added + kRows * Traits::kSumRow;
+  float* const squares = factors + kRows;  // of the rows, as they lie in memory
+  const int squares_of_row = p.in_features / kSquaredColumns;  // a multiple of 4
 
   const T* weight = static_cast<const T*>(p.weight) + static_cast<int64_t>(first_column) * p.in_features;
   for (int chunk = 0; chunk < chunks; chunk++)
@@ -75,6 +86,16 @@ __global__ __launch_bounds__(Traits::kThreads) void linear_kernel(const __grid_c
       }
     copy_async_commit();
   };
+  if (p.residual)  // in the group of the first rows
+    for (int i = thread; i < kRows * (kColumns / 4); i += kThreads) {
+      const int row = i / (kColumns / 4), column = i % (kColumns / 4) * 4;
+      copy_async_line16(added + row * Traits::kSumRow + column,
+                        p.residual + (first_row + min(row, rows - 1)) * p.out_features + first_column + column, row < rows);
+    }
+  if (p.squares)
+    for (int i = 4 * thread; i < kRows * squares_of_row; i += 4 * kThreads)
+      copy_async_line16(squares + i, p.squares + first_row * squares_of_row + min(i, rows * squares_of_row - 4),
+                        i < rows * squares_of_row);
   bring(0);
   bring(1);
 
@@ -115,6 +136,15 @@ __global__ __launch_bounds__(Traits::kThreads) void linear_kernel(const __grid_c
     bring(stage + 2);
   }
 
+  if (p.squares)  // eight lanes a row
+    for (int i = thread; i < 8 * kRows; i += kThreads) {
+      float total = 0.f;
+      for (int j = i % 8; j < squares_of_row; j += 8) total += squares[i / 8 * squares_of_row + j];
+#pragma unroll
+      for (int mask = 4; mask; mask /= 2) total += __shfl_xor_sync(~0u, total, mask);
+      if (i % 8 == 0) factors[i / 8] = rsqrtf(total / static_cast<float>(p.in_features) + p.epsilon) * (1.f / kStreamScale);
+    }
+
   // ---- the warps of one column add up, through shared memory that nobody reads any more
   copy_async_wait_all();
   __syncthreads();
@@ -129,23 +159,47 @@ __global__ __launch_bounds__(Traits::kThreads) void linear_kernel(const __grid_c
         buffer[(along * kRows + 8 * n + 2 * q + (r & 1)) * Traits::kSumRow + (across * kColumnTiles + i) * 16 + g + 8 * (r >> 1)] = sums[i][n][r];
   __syncthreads();
   T* y = static_cast<T*>(p.y) + first_row * p.out_features + first_column;
-  for (int i = thread; i < kRows * (kColumns / 8); i += kThreads) {
-    const int row = i / (kColumns / 8), column = i % (kColumns / 8) * 8;
-    if (row >= rows) break;
+  constexpr int kItems = kRows * (kColumns / 8);  // eight columns of a row
+#pragma unroll 1
+  for (int begin = 0; begin < kItems; begin += kThreads) {  // all threads, for the shuffle
+    const int i = begin + thread, row = min(i, kItems - 1) / (kColumns / 8), column = i % (kColumns / 8) * 8;
     float v[8] = {};
 #pragma unroll
     for (int k = 0; k < Traits::kAlong; k++)
 #pragma unroll
       for (int j = 0; j < 8; j += 4) {
-        const float4 part = *reinterpret_cast<const float4*>(buffer + (k * kRows + row) * Traits::kSumRow + column + j);
+        const float4 part = load4(buffer + (k * kRows + row) * Traits::kSumRow + column + j);
         v[j] += part.x, v[j + 1] += part.y, v[j + 2] += part.z, v[j + 3] += part.w;
       }
+    if (p.squares) {
+#pragma unroll
+      for (int j = 0; j < 8; j++) v[j] *= factors[row];
+    }
+    const bool exists = i < kItems && row < rows;
+    if (p.residual) {
+      float square = 0.f;
+#pragma unroll
+      for (int j = 0; j < 8; j += 4) {
+        const float4 r = load4(added + row * Traits::kSumRow + column + j);
+        v[j] += r.x, v[j + 1] += r.y, v[j + 2] += r.z, v[j + 3] += r.w;
+      }
+#pragma unroll
+      for (int j = 0; j < 8; j++) square = fmaf(v[j], v[j], square);
+      square += __shfl_xor_sync(~0u, square, 1);
+      if (exists) {
+        float* out = p.residual_out + (first_row + row) * p.out_features + first_column + column;
+        store4(out, make_float4(v[0], v[1], v[2], v[3]));
+        store4(out + 4, make_float4(v[4], v[5], v[6], v[7]));
+        if (i % 2 == 0) p.squares_out[((first_row + row) * p.out_features + first_column + column) / kSquaredColumns] = square;
+      }
+#pragma unroll
+      for (int j = 0; j < 8; j++) v[j] *= kStreamScale;
+    }
+    if (!exists) continue;
     const uint2 low = pack4<T>(v[0], v[1], v[2], v[3]), high = pack4<T>(v[4], v[5], v[6], v[7]);
     *reinterpret_cast<uint4*>(y + static_cast<int64_t>(row) * p.out_features + column) = make_uint4(low.x, low.y, high.x, high.y);
   }
 }
-
-constexpr double kStartUs = 1.39, kMegabyteUs = 0.09, kChunkUs = 0.185, kProductUs = 0.002;
 
 bool fits(const LinearShape& shape, size_t bytes, int32_t in_features, int32_t out_features, size_t most) {
   return in_features % (32 * shape.along) == 0 && out_features % shape.columns == 0 && bytes <= most;
@@ -155,13 +209,15 @@ template <typename T, int kShape>
 cudaError_t launch(const LinearParams& p, cudaStream_t stream) {
   using Traits = LinearTraits<T, kShape>;
   constexpr auto kKernel = linear_kernel<Traits>;
-  const size_t bytes = shared_bytes<Traits>(p.in_features);
+  const size_t own = shared_bytes<Traits>(p.in_features);
+  const size_t bytes = own + (p.squares || p.residual ? added_bytes<Traits>(p.in_features) : 0);
   const int64_t row_tiles = (p.rows + Traits::kRows - 1) / Traits::kRows, column_tiles = p.out_features / Traits::kColumns;
   if (!fits(Traits::kCut, bytes, p.in_features, p.out_features, shared_bytes_of_device()) || row_tiles > INT32_MAX || column_tiles > 65535)
     return cudaErrorInvalidConfiguration;
   const cudaError_t status = allow_shared<kKernel>(bytes);
   if (status != cudaSuccess) return status;
-  return launch_dependent<kKernel>(dim3(static_cast<unsigned>(row_tiles), static_cast<unsigned>(column_tiles)), dim3(Traits::kThreads), bytes, stream, p);
+  return launch_dependent<kKernel>(dim3(static_cast<unsigned>(row_tiles), static_cast<unsigned>(column_tiles)), dim3(Traits::kThreads), bytes, stream, p,
+                                   static_cast<int>(own));
 }
 
 // run(shape) for the one of that index
@@ -174,7 +230,10 @@ auto with_shape(int32_t shape, Run run) {
 }
 
 size_t bytes_of(int32_t shape, int32_t in_features) {
-  return with_shape(shape, [&](auto index) { return shared_bytes<LinearTraits<__half, index>>(in_features); });
+  return with_shape(shape, [&](auto index) {
+    using Traits = LinearTraits<__half, index>;
+    return shared_bytes<Traits>(in_features) + added_bytes<Traits>(in_features);
+  });
 }
 
 }  // namespace
@@ -198,10 +257,11 @@ int32_t linear_shape(const LinearParams& p) {
     const int64_t blocks = (p.rows + shape.rows - 1) / shape.rows * (p.out_features / shape.columns);
     const int64_t a_processor = (blocks + processors - 1) / processors, resident = std::max<int64_t>(1, static_cast<int64_t>(of_processor / (bytes + 1024)));
     const double rounds = static_cast<double>((a_processor + resident - 1) / resident), chunks = p.in_features / (32. * shape.along);
-    const double megabytes = 2e-6 * static_cast<double>(blocks) * p.in_features * (shape.rows + shape.columns);
+    // us, chosen to take the shape that is measured to be the fastest at 158 to 394 rows of ViM-Ti, S and B (H200). Weights
+    // count less: they come while the kernel before still runs.
+    const double megabytes = 2e-6 * static_cast<double>(blocks) * p.in_features * (shape.rows + .3 * shape.columns);
     const double products = static_cast<double>(a_processor) * chunks * shape.rows / 8 * (shape.columns / 16) * 2 * shape.along;
-    // us, fitted to an H200's times of 197 to 788 rows, all shapes: 8 % off (rms); what it takes is 0.7 % from the best
-    const double us = kStartUs + kMegabyteUs * megabytes + kChunkUs * rounds * chunks + kProductUs * products;
+    const double us = .12 * megabytes + .12 * rounds * chunks + .002 * products;
     if (best < 0 || us < least) best = i, least = us;
   }
   return best;
@@ -209,6 +269,7 @@ int32_t linear_shape(const LinearParams& p) {
 
 cudaError_t linear(const LinearParams& p, int32_t shape, cudaStream_t stream) {
   if (p.rows < 0 || p.in_features < 1 || p.out_features < 1 || shape < 0 || shape >= kNbLinearShapes) return cudaErrorInvalidValue;
+  if (p.residual && (!p.residual_out || !p.squares_out)) return cudaErrorInvalidValue;
   if (p.rows == 0) return cudaSuccess;
   return with_half_type(p.type, [&](auto zero) {
     return with_shape(shape, [&](auto index) { return launch<decltype(zero), index>(p, stream); });

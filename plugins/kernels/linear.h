@@ -1,5 +1,9 @@
 // linear.h: a linear layer for few rows: y = x weight^T, as in_proj and out_proj of a ViM mixer at batch 1. It starts while
 // the kernel before it still runs and brings its weights meanwhile; with many rows a library's GEMM is faster.
+//
+// Residual add and RMSNorm between two of them need no kernel: the first, given the residual, puts out the sum r, the sums of r^2
+// over each 16 columns, and r / 16 in T; the second, given those squares, multiplies its rows by 16 / sqrt(mean(r^2) + epsilon).
+// The norm's weight is for the caller to multiply into the second's weight. A sixteenth: so that r may be as large as 1e6 in fp16.
 #pragma once
 #include "types.h"
 
@@ -12,7 +16,14 @@ struct LinearParams {  // contiguous; extents in elements
   const void* x;                      // (rows, in_features), T
   const void* weight;                 // (out_features, in_features), T
   void* y;                            // (rows, out_features), T; sums in float32
+  const float* squares;               // (rows, in_features / 16), or null: x is what a linear with a residual has put out
+  float epsilon;                      // of that norm
+  const float* residual;              // (rows, out_features), or null: y is the sum / 16
+  float* residual_out;                // (rows, out_features); the sum
+  float* squares_out;                 // (rows, out_features / 16)
 };
+constexpr float kStreamScale = 1.f / 16;
+constexpr int32_t kSquaredColumns = 16;
 
 // Stored in engines: never renumber; zero is reserved by TensorRT.
 enum class LinearTactic : int32_t { kTensorCore = 1 };

@@ -10,41 +10,64 @@ struct LinearOp : OpDefaults {
   static constexpr char kName[] = "StmLinear";
   static constexpr bool kHasTactics = true;
 
-  enum Input : int32_t { kX, kWeight };
-  enum Output : int32_t { kY };
-  enum Symbol : int32_t { kBatch, kSeqlen, kIn, kOut, kNbSymbols };
-  static constexpr const char* kSymbols[] = {"batch", "seqlen", "in_features", "out_features"};
+  // Inputs of every node; squares and residual follow in this order, each if its attribute asks for it.
+  enum Input : int32_t { kX, kWeight, kNbFixedInputs };
+  enum Output : int32_t { kY, kResidualOut, kSquaresOut };
+  enum Symbol : int32_t { kBatch, kSeqlen, kIn, kOut, kNbSymbols };  // kIn, kOut: tiles of 16 features
+  static constexpr const char* kSymbols[] = {"batch", "seqlen", "in_tiles", "out_tiles"};
 
-  static AttributeTable attributes() noexcept { return {nullptr, 0}; }
+  enum Attribute : int32_t { kNormed, kAdds, kEpsilon };
+  static constexpr AttributeSpec kAttributes[] = {
+      {"normed", AttributeType::kInt, false, 0, 0, 1, "1: squares is an input, which normalise the rows of y", nullptr},
+      {"adds", AttributeType::kInt, false, 0, 0, 1, "1: residual is an input, the sum and its squares are outputs", nullptr},
+      {"epsilon", AttributeType::kFloat, false, 1e-5F, 1e-30F, 1, "of the norm", nullptr},
+  };
+  static AttributeTable attributes() noexcept { return table_of(kAttributes); }
   static bool check_attributes(const AttributeValues&, const Where&) noexcept { return true; }
 
-  static Signature signature(const AttributeValues&, bool = false) noexcept {
+  static bool normed(const AttributeValues& v) noexcept { return v.i(kNormed) != 0; }
+  static bool adds(const AttributeValues& v) noexcept { return v.i(kAdds) != 0; }
+  static int32_t squares_input(const AttributeValues& v) noexcept { return normed(v) ? kNbFixedInputs : -1; }
+  static int32_t residual_input(const AttributeValues& v) noexcept { return adds(v) ? kNbFixedInputs + normed(v) : -1; }
+
+  static Signature signature(const AttributeValues& v, bool every = false) noexcept {
+    const Extent batch = extent(kBatch), seqlen = extent(kSeqlen), in = extent(kIn, kSquaredColumns), out = extent(kOut, kSquaredColumns);
     Signature s;
     s.symbols = kSymbols, s.nb_symbols = kNbSymbols;
-    s.input({"x", Element::kActivation, 3, {extent(kBatch), extent(kSeqlen), extent(kIn)}});
-    s.input({"weight", Element::kActivation, 2, {extent(kOut), extent(kIn)}});
-    s.output({"y", Element::kActivation, 3, {extent(kBatch), extent(kSeqlen), extent(kOut)}});
+    s.input({"x", Element::kActivation, 3, {batch, seqlen, in}});
+    s.input({"weight", Element::kActivation, 2, {out, in}});
+    if (normed(v) || every) s.input({"squares", Element::kFloat32, 3, {batch, seqlen, extent(kIn)}, "normed = 1"});
+    if (adds(v) || every) s.input({"residual", Element::kFloat32, 3, {batch, seqlen, out}, "adds = 1"});
+    s.output({"y", Element::kActivation, 3, {batch, seqlen, out}});
+    if (adds(v) || every) {
+      s.output({"residual_out", Element::kFloat32, 3, {batch, seqlen, out}, "adds = 1"});
+      s.output({"squares_out", Element::kFloat32, 3, {batch, seqlen, extent(kOut)}, "adds = 1"});
+    }
     return s;
   }
 
+  static bool supported(const Bindings& b, DataType type) noexcept {
+    return linear_supported(int32_t(b[kIn] * kSquaredColumns), int32_t(b[kOut] * kSquaredColumns), type);
+  }
   static bool check(const AttributeValues&, const Bindings& b, const Where& where) noexcept {
-    if (b.known(kIn) && b.known(kOut) && !linear_supported(int32_t(b[kIn]), int32_t(b[kOut]), DataType::kFloat16)) {
+    if (b.known(kIn) && b.known(kOut) && !supported(b, DataType::kFloat16)) {
       return where.fail("weight is (%d, %d); the kernel takes in_features in multiples of 64 and out_features of 16, as far as the "
                         "shared memory of this GPU goes; leave others a MatMul",
-                        int(b[kOut]), int(b[kIn]));
+                        int(b[kOut] * kSquaredColumns), int(b[kIn] * kSquaredColumns));
     }
     return check_seqlen(b, kSeqlen, where);
   }
 
   // kHasTactics only because it tells what the op refuses: float32.
   static int32_t tactics(const AttributeValues&, const Bindings& b, DataType type, int32_t* out, int32_t capacity) noexcept {
-    if (capacity < 1 || !linear_supported(int32_t(b[kIn]), int32_t(b[kOut]), type)) return 0;
+    if (capacity < 1 || !supported(b, type)) return 0;
     return out[0] = int32_t(LinearTactic::kTensorCore), 1;
   }
   static bool knows_tactic(int32_t tactic) noexcept { return LinearTactic(tactic) == LinearTactic::kTensorCore; }
   static size_t workspace_bytes(const AttributeValues&, const Bindings&, DataType) noexcept { return 0; }
 
-  static cudaError_t enqueue(const AttributeValues&, const Call& call) noexcept {
+  static cudaError_t enqueue(const AttributeValues& v, const Call& call) noexcept {
+    const int32_t squares = squares_input(v), residual = residual_input(v);
     LinearParams p{};
     p.rows = int64_t{call.extent(kX, 0)} * call.extent(kX, 1);
     p.in_features = call.extent(kWeight, 1);
@@ -53,6 +76,11 @@ struct LinearOp : OpDefaults {
     p.x = call.inputs[kX];
     p.weight = call.inputs[kWeight];
     p.y = call.outputs[kY];
+    p.squares = squares < 0 ? nullptr : call.input<float>(squares);
+    p.epsilon = v.f(kEpsilon);
+    p.residual = residual < 0 ? nullptr : call.input<float>(residual);
+    p.residual_out = residual < 0 ? nullptr : call.output<float>(kResidualOut);
+    p.squares_out = residual < 0 ? nullptr : call.output<float>(kSquaresOut);
     return linear(p, call.stream);
   }
 };

@@ -37,7 +37,7 @@ struct TensorSpec {
 struct Signature {
   const char* const* symbols = nullptr;  // what each symbol is called in messages
   int32_t nb_symbols = 0, nb_inputs = 0, nb_outputs = 0;
-  TensorSpec inputs[kMaxTensors], outputs[2];
+  TensorSpec inputs[kMaxTensors], outputs[3];
 
   void input(const TensorSpec& spec) noexcept { inputs[nb_inputs++] = spec; }
   void output(const TensorSpec& spec) noexcept { outputs[nb_outputs++] = spec; }

@@ -111,9 +111,16 @@ class StmAddMergeNorm(OpRun):
 class StmLinear(OpRun):
     op_domain = "stm"
 
-    def _run(self, x, weight, **_):
-        x, weight = wide(x, weight)
-        return ((x @ weight.T).float().numpy(),)
+    def _run(self, x, weight, *rest, normed=None, adds=None, epsilon=None, **_):
+        x, weight, *rest = wide(x, weight, *rest)
+        y = x @ weight.T
+        if normed:
+            y = y * 16 * torch.rsqrt(rest.pop(0).sum(-1, keepdim=True) / x.shape[2] + epsilon)
+        if not adds:
+            return (y.float().numpy(),)
+        total = y + rest.pop(0)
+        squares = total.square().unflatten(-1, (-1, 16)).sum(-1)
+        return tuple(t.float().numpy() for t in (total / 16, total, squares))
 
 
 OPS = [StmPatchRows, StmConvXProj, StmMambaScan, StmAddMergeNorm, StmLinear]

@@ -348,24 +348,42 @@ LINEAR = CONFIG.with_changes(d_model=64)  # in_features of 64 and 128
 
 
 def linear_model():
-    model = stm.VisionMamba(LINEAR, stm.make_plan(LINEAR, rate=0.3)).eval()
+    """Four layers, merges before layer 1 only: two norms lie between products and do nothing else."""
+    model = stm.VisionMamba(LINEAR, stm.make_plan(LINEAR, schedule={1: (2, 1)})).eval()
     model.init_weights(3)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # else all ones, and no gain could be forgotten
+            parameter.data = 1 + torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)) / 4
     return model
 
 
 def linear_nodes(lowered):
-    return [node.name for node in lowered.graph.node if node.op_type == "StmLinear"]
+    return {node.name: node for node in lowered.graph.node if node.op_type == "StmLinear"}
+
+
+def attribute(node, name):
+    return onnx.helper.get_node_attr_value(node, name)
 
 
 def test_products_of_few_tokens_become_linear_nodes():
     lowered = lower_tensorrt(export_onnx(linear_model()), "fp16", largest_batch=2)
+    nodes = linear_nodes(lowered)
     in_and_out = [f"layers.{layer}.mixer.{name}/StmLinear" for layer in range(LINEAR.depth) for name in ("in_proj", "out_proj")]
-    assert linear_nodes(lowered) == ["patch_embed.proj/StmLinear", *in_and_out]
+    assert list(nodes) == ["patch_embed.proj/StmLinear", *in_and_out]
     assert not [node.name for node in lowered.graph.node if node.op_type == "MatMul" and "_proj" in node.name]
     types = {tensor.name: tensor.data_type for tensor in lowered.graph.initializer}
     shapes = {tensor.name: tuple(tensor.dims) for tensor in lowered.graph.initializer}
-    node = next(node for node in lowered.graph.node if node.name == in_and_out[0])
-    assert types[node.input[1]] == onnx.TensorProto.FLOAT16 and shapes[node.input[1]] == (256, 64)
+    weight = nodes[in_and_out[0]].input[1]
+    assert types[weight] == onnx.TensorProto.FLOAT16 and shapes[weight] == (256, 64)
+
+
+def test_norms_between_linear_nodes_are_part_of_them():
+    lowered = lower_tensorrt(export_onnx(linear_model()), "fp16", largest_batch=2)
+    nodes = linear_nodes(lowered)
+    # Before layer 0 there is the patch embedding, before layer 1 a merge, after layer 3 the class token alone
+    assert [name for name, node in nodes.items() if attribute(node, "adds")] == [f"layers.{layer}.mixer.out_proj/StmLinear" for layer in (1, 2)]
+    assert [name for name, node in nodes.items() if attribute(node, "normed")] == [f"layers.{layer}.mixer.in_proj/StmLinear" for layer in (2, 3)]
+    assert sum(node.op_type == "StmAddMergeNorm" for node in lowered.graph.node) == LINEAR.depth + 1 - 2
 
 
 def test_linear_nodes_compute_the_same():
@@ -388,15 +406,24 @@ def test_other_products_stay(monkeypatch):
     assert not linear_nodes(lower_tensorrt(portable, "fp32", largest_batch=1))
     odd = linear_nodes(lower_tensorrt(export_onnx(make()), "bf16", largest_batch=1))
     assert odd and not [name for name in odd if "in_proj" in name]  # of 32 features
-    # 31 tokens: in_proj has 31 x 64 x 256 products, out_proj half as many, and fewer where tokens have gone
-    monkeypatch.setattr("exporter.passes.fuse_linear.MOST_PRODUCTS", 4 * 31 * 128 * 64)
+    # 31 tokens, then 28: an in_proj has tokens x 64 x 256 products, and the out_proj goes with it
+    monkeypatch.setattr("exporter.passes.fuse_linear.MOST_PRODUCTS", 4 * 28 * 64 * 256)
     few = linear_nodes(lower_tensorrt(portable, "bf16", largest_batch=4))
-    assert "layers.0.mixer.out_proj/StmLinear" in few and "layers.0.mixer.in_proj/StmLinear" not in few
+    assert list(few) == [f"layers.{layer}.mixer.{name}/StmLinear" for layer in (1, 2, 3) for name in ("in_proj", "out_proj")]
+    monkeypatch.setattr("exporter.passes.fuse_linear.MOST_WEIGHTS", 64 * 256 - 1)
+    assert all("out_proj" in name for name in linear_nodes(lower_tensorrt(portable, "bf16", largest_batch=4)))
 
 
 def test_more_linear_nodes_than_products_are_refused():
-    graph = gs.import_onnx(lower_tensorrt(export_onnx(linear_model()), "fp16", largest_batch=1))
+    def lowered():
+        return gs.import_onnx(lower_tensorrt(export_onnx(linear_model()), "fp16", largest_batch=1))
+
+    graph = lowered()
     first = next(node for node in graph.nodes if node.op == "StmLinear")
     graph.nodes.append(plugin_node("StmLinear", "another", list(first.inputs), [gs.Variable("out", np.float16)]))
     with pytest.raises(ExportError, match="10 StmLinear"):
+        check_lowered(graph)
+    graph = lowered()
+    next(node for node in graph.nodes if node.attrs.get("adds")).attrs["adds"] = 0
+    with pytest.raises(ExportError, match="1 of which add and 2 normalise"):
         check_lowered(graph)

@@ -107,7 +107,7 @@ def builder(work, portables):
     def build(case, precision, batch=(1, 8, 64), **options):
         key = (case, precision, batch, tuple(sorted(options.items())))
         if key not in made:
-            lowered = lower_tensorrt(onnx.load(str(portables(case))), precision)
+            lowered = lower_tensorrt(onnx.load(str(portables(case))), precision, largest_batch=batch[-1])
             chosen = BuildOptions(batch=BatchProfile(*batch), timing_cache=work / "timing.cache", **({"opt_level": 1} | options))
             blob, info = build_engine(lowered, chosen)
             made[key] = (deserialize(process(), blob), lowered, info, blob, chosen)

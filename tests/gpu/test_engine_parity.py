@@ -39,6 +39,27 @@ def test_parity(case, builder, torch_model, record):
     assert not failed, "\n".join(failed)
 
 
+@pytest.mark.parametrize("case", [case for case in cases() if case[2] == (224, 224)], ids=lambda c: f"{c[0]}-{c[1]}")
+def test_parity_of_few_tokens(case, builder, torch_model, record):
+    """Engines for one or two images, where products and norms are kernels of ours as far as they are small."""
+    model = torch_model(case)
+    config = model.config
+    feeds = parity_inputs(config.image_size, config.mean, config.std, (1, 2))
+    wanted = logits(TorchRunner(model), feeds)
+    failed = []
+    for precision in ("fp16", "bf16"):
+        engine, lowered, info, _, _ = builder(case, precision, batch=(1, 1, 2))
+        ours = [node for node in lowered.graph.node if node.op_type == "StmLinear"]
+        assert ours if case[0] != "vim-b" else len(ours) <= 1, "the batch does not decide who makes the products"
+        report = judge_against(tensorrt_runner(engine), feeds, wanted, precision, "pytorch")
+        row = {"model": case[0], "rate": case[1], "size": case[2], "precision": f"{precision}, 2 images", "seconds": info.seconds}
+        record("parity", **row, metrics=report.metrics, passed=bool(report))
+        assert sorted(info.plugin_layers) == sorted(plugin_nodes(lowered))
+        if not report:
+            failed += report.lines()
+    assert not failed, "\n".join(failed)
+
+
 @pytest.mark.parametrize("case", [case for case in cases() if case[1:] == (0.2, (224, 224))], ids=lambda c: c[0])
 def test_fp16_agrees_on_512_varied_images(case, builder, torch_model, record):
     """fp16 top-1 agreement with PyTorch float32 on 512 crops, flips and brightness changes of the photographs."""

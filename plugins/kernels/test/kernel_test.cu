@@ -729,6 +729,19 @@ std::string name_of(const LinearShape& shape) {
          std::to_string(shape.along) + " warps";
 }
 
+// y = x weight^T, x being (rows, K)
+Values product(const Values& x, const Values& weight, int64_t rows, int64_t N, int64_t K) {
+  Values y(static_cast<size_t>(rows * N));
+  parallel_for(rows, [&](int64_t m) {
+    for (int64_t n = 0; n < N; n++) {
+      double s = 0;
+      for (int64_t k = 0; k < K; k++) s += x[m * K + k] * weight[n * K + k];
+      y[m * N + n] = s;
+    }
+  });
+  return y;
+}
+
 LinearParams linear_params(const LinearCase& c, DataType T, const Buffer& x, const Buffer& weight, const Buffer& y) {
   LinearParams p{};
   p.rows = c.rows, p.in_features = c.in_features, p.out_features = c.out_features, p.type = T;
@@ -739,14 +752,7 @@ LinearParams linear_params(const LinearCase& c, DataType T, const Buffer& x, con
 void test_linear(const LinearCase& c, DataType T) {
   const int64_t K = c.in_features, N = c.out_features;
   const Values x = gaussian(T, c.rows * K, 0, 1, 1), weight = gaussian(T, N * K, 0, 1 / std::sqrt(static_cast<double>(K)), 2);
-  Values want(static_cast<size_t>(c.rows * N));
-  parallel_for(c.rows, [&](int64_t m) {
-    for (int64_t n = 0; n < N; n++) {
-      double s = 0;
-      for (int64_t k = 0; k < K; k++) s += x[m * K + k] * weight[n * K + k];
-      want[m * N + n] = s;
-    }
-  });
+  const Values want = product(x, weight, c.rows, N, K);
   const Buffer x_buffer(x, T), weight_buffer(weight, T);
   Buffer y(want.size() * size_of(T));
   const LinearParams p = linear_params(c, T, x_buffer, weight_buffer, y);
@@ -767,6 +773,55 @@ void test_linear(const LinearCase& c, DataType T) {
            got.empty() ? NAN : relative_error(got[0], want), bound, trouble);
   }
   report("linear shapes", text, 0, 1, runs < 2 ? "none runs" : "");
+}
+
+// Two of them with a norm between: K -> N, the residual added, normalised, N -> K.
+void test_linear_norm(const LinearCase& c, DataType T) {
+  const int64_t K = c.in_features, N = c.out_features, rows = c.rows;
+  const DataType f = DataType::kFloat32;
+  if (T == f || N % 64 != 0) return;
+  const double epsilon = 1e-5, size = rows % 2 ? 30 : 0.02;  // of the residual
+  const Values x = gaussian(T, rows * K, 0, 1, 1), weight = gaussian(T, N * K, 0, 1 / std::sqrt(static_cast<double>(K)), 2);
+  const Values residual = gaussian(f, rows * N, 0, size, 3), back = gaussian(T, K * N, 0, 1 / std::sqrt(static_cast<double>(N)), 4);
+  Values sum = product(x, weight, rows, N, K), squares(static_cast<size_t>(rows * N / kSquaredColumns)), stream, normed(sum.size());
+  for (size_t i = 0; i < sum.size(); i++) sum[i] += residual[i], squares[i / kSquaredColumns] += sum[i] * sum[i], stream.push_back(sum[i] / 16);
+  // The second reads what the first should have made, so that each is judged alone.
+  Values given;
+  for (double v : stream) given.push_back(round_to(T, v));
+  for (int64_t m = 0; m < rows; m++) {
+    double total = 0;
+    for (int64_t n = 0; n < N / kSquaredColumns; n++) total += squares[m * (N / kSquaredColumns) + n];
+    for (int64_t n = 0; n < N; n++) normed[m * N + n] = given[m * N + n] * 16 / std::sqrt(total / static_cast<double>(N) + epsilon);
+  }
+  const Values want = product(normed, back, rows, K, N);
+  const Buffer x_buffer(x, T), weight_buffer(weight, T), residual_buffer(residual, f), back_buffer(back, T), given_buffer(given, T),
+      squares_buffer(squares, f);
+  Buffer y(sum.size() * size_of(T)), out(sum.size() * 4), squares_out(squares.size() * 4), last(want.size() * size_of(T));
+  LinearParams p = linear_params(c, T, x_buffer, weight_buffer, y);
+  p.residual = residual_buffer.as<float>(), p.residual_out = out.as<float>(), p.squares_out = squares_out.as<float>();
+  LinearParams q = linear_params({rows, static_cast<int>(N), static_cast<int>(K)}, T, given_buffer, back_buffer, last);
+  q.squares = squares_buffer.as<float>(), q.epsilon = static_cast<float>(epsilon);
+  const std::string text = "rows " + std::to_string(rows) + ", " + std::to_string(K) + " to " + std::to_string(N);
+  const double bound = T == DataType::kFloat16 ? 4e-4 : 3e-3;
+  for (int i = 0; i < kNbLinearShapes; i++) {
+    const std::string group = "linear norm " + name_of(kLinearShapes[i]) + " " + name_of(T);
+    if (linear(p, i, nullptr) == cudaSuccess) {
+      std::vector<Values> got;
+      const std::string trouble = run_twice([&](cudaStream_t s) { return linear(p, i, s); }, {{&y, T}, {&out, f}, {&squares_out, f}}, got);
+      const bool whole = got.size() == 3;
+      report(group, text + ", y", whole ? relative_error(got[0], stream) : NAN, bound, trouble);
+      report(group, text + ", sum", whole ? relative_error(got[1], sum) : NAN, 3e-6, "");
+      report(group, text + ", squares", whole ? relative_error(got[2], squares) : NAN, 6e-6, "");
+    }
+    if (linear(q, i, nullptr) == cudaSuccess) {
+      std::vector<Values> got;
+      const std::string trouble = run_twice([&](cudaStream_t s) { return linear(q, i, s); }, {{&last, T}}, got);
+      report(group, text + ", back", got.empty() ? NAN : relative_error(got[0], want), bound, trouble);
+    }
+  }
+  LinearParams broken = p;
+  broken.squares_out = nullptr;
+  report("linear norm refusals", text, 0, 1, linear(broken, nullptr) == cudaErrorInvalidValue ? "" : "a residual without squares_out is taken");
 }
 
 // ---- patch_rows -------------------------------------------------------------------------------------------------
@@ -1345,6 +1400,12 @@ void time_layer(const char* model, int E, int R, int batch, int L, DataType T) {
       Buffer y(static_cast<size_t>(tokens * N) * size_of(T));
       const LinearParams p = linear_params(extents, T, x, weight, y);
       const double floor = static_cast<double>(tokens * (K + N) + N * K) * size / bytes;
+      const Buffer residual(repeat(some, tokens * N), DataType::kFloat32), squares(repeat({1.}, tokens * K / 16), DataType::kFloat32);
+      Buffer residual_out(residual.bytes), squares_out(static_cast<size_t>(tokens * N / 16) * 4);
+      LinearParams with_norm = p;
+      if (K < N) with_norm.squares = squares.as<float>(), with_norm.epsilon = 1e-5f;
+      else with_norm.residual = residual.as<float>(), with_norm.residual_out = residual_out.as<float>(), with_norm.squares_out = squares_out.as<float>();
+      line(K < N ? "in_proj" : "out_proj", "with its part of the norm", time_us([&](cudaStream_t s) { return linear(with_norm, s); }), floor);
       for (int i = 0; i < kNbLinearShapes; i++) {
         if (linear(p, i, nullptr) != cudaSuccess) continue;
         line(K < N ? "in_proj" : "out_proj", (name_of(kLinearShapes[i]) + (i == linear_shape(p) ? " (chosen)" : "")).c_str(),
@@ -1468,7 +1529,7 @@ int main(int argc, char** argv) {
   for (DataType T : kTypes) {
     if (options.soak > 0 || (!options.type.empty() && options.type != name_of(T))) continue;
     if (wanted("linear"))
-      for (const LinearCase& c : linear_cases()) test_linear(c, T);
+      for (const LinearCase& c : linear_cases()) test_linear(c, T), test_linear_norm(c, T);
     if (wanted("norm"))
       for (const NormCase& c : norm_cases()) test_norm(c, T);
     if (wanted("patch"))

@@ -228,8 +228,16 @@ Case conv_case(DataType T) {
           {{{2, kBatch, kSeqlen, kRow}, T}}, {"2,B,197,48"}};
 }
 
-Case linear_case(DataType T) {
-  return {"StmLinear", {}, {{{kBatch, kSeqlen, kModel}, T}, {{2 * kInner, kModel}, T}}, {{{kBatch, kSeqlen, 2 * kInner}, T}}, {"B,197,768"}};
+Case linear_case(DataType T, int normed, int adds) {
+  Case c{"StmLinear", {{"normed", normed}, {"adds", adds}, {"epsilon", 1e-5F}}, {{{kBatch, kSeqlen, kModel}, T}, {{2 * kInner, kModel}, T}},
+         {{{kBatch, kSeqlen, 2 * kInner}, T}}, {"B,197,768"}};
+  if (normed) c.inputs.push_back({{kBatch, kSeqlen, kModel / 16}, F});
+  if (adds) {
+    c.inputs.push_back({{kBatch, kSeqlen, 2 * kInner}, F});
+    c.outputs.push_back({{kBatch, kSeqlen, 2 * kInner}, F}), c.outputs.push_back({{kBatch, kSeqlen, 2 * kInner / 16}, F});
+    c.output_shapes.push_back("B,197,768"), c.output_shapes.push_back("B,197,48");
+  }
+  return c;
 }
 
 Case scan_case(DataType T, int cls, int mode, int scaled) {
@@ -279,7 +287,7 @@ std::vector<Case> all_cases() {
     cases.push_back(patch_case(T, -1));
     cases.push_back(patch_case(T, 0, 233, 517, 14, 8));
     cases.push_back(conv_case(T));
-    if (T != DataType::kFLOAT) cases.push_back(linear_case(T));
+    if (T != DataType::kFLOAT) for (int normed : {0, 1}) for (int adds : {0, 1}) cases.push_back(linear_case(T, normed, adds));
     for (int mode : {0, 1, 2, 3}) for (int scaled : {0, 1}) cases.push_back(scan_case(T, -1, mode, scaled));
     cases.push_back(scan_case(T, 98, 0, 1));
     for (const char* merge : {"none", "edge", "table"}) cases.push_back(norm_case(T, merge));
@@ -510,10 +518,12 @@ void refuse_shape(Case c, size_t input, Shape shape, std::initializer_list<const
 }
 
 void check_bad_shapes() {
-  const Case linear = linear_case(DataType::kHALF);
-  refuse_shape(linear, 0, {kBatch, kSeqlen, 2, kModel}, {"StmLinear 'node_7'", "'x'", "(batch, seqlen, in_features)"});
-  refuse_shape(linear, 0, {kBatch, kSeqlen, 190}, {"in_features is", "190"});
-  refuse_shape(linear, 1, {100, kModel}, {"weight is (100, 192)", "leave others a MatMul"});
+  const Case linear = linear_case(DataType::kHALF, 1, 1);
+  refuse_shape(linear, 0, {kBatch, kSeqlen, 2, kModel}, {"StmLinear 'node_7'", "'x'", "(batch, seqlen, 16 in_tiles)"});
+  refuse_shape(linear, 0, {kBatch, kSeqlen, 190}, {"190 is no 16 in_tiles"});
+  refuse_shape(linear, 0, {kBatch, kSeqlen, 208}, {"in_tiles is", "13"});
+  refuse_shape(linear, 2, {kBatch, kSeqlen, 13}, {"'squares'", "13"});
+  refuse_shape(linear, 3, {kBatch, 196, 2 * kInner}, {"'residual'", "196"});
   const Case conv = conv_case(F), scan = scan_case(F, -1, 1, 1), cls = scan_case(F, 98, 0, 0);
   refuse_shape(conv, 0, {kBatch, kSeqlen}, {"StmConvXProj 'node_7'", "'xz'", "(batch, seqlen, 2 d_inner)"});
   refuse_shape(conv, 0, {kBatch, kSeqlen, 769}, {"'xz'", "769 is no 2 d_inner"});
