@@ -18,11 +18,11 @@ import onnx_graphsurgeon as gs
 
 from .tensorrt_common import Array, constant, plugin_node, value
 
-# Up to here StmLinear is faster than TensorRT 10.6's kernels (H200, docs/performance.md). Products (tokens x in_features x
-# out_features) of an in_proj; the out_proj that goes with it has half as many. Elements of a weight.
+# Up to here StmLinear is faster than TensorRT 10.6's kernels (H200, docs/performance.md): products (tokens x in_features x
+# out_features) of an in_proj or patch embedding, elements of its weight. An out_proj goes with its in_proj.
 MOST_PRODUCTS = 233e6
 MOST_WEIGHTS = 600_000
-_MODULES = re.compile(r"(?:layers\.\d+\.mixer\.(?:in|out)_proj|patch_embed\.proj)(?:/|$)")
+_MODULES = re.compile(r"(?:(layers\.\d+)\.mixer\.(in|out)_proj|patch_embed\.proj)(?:/|$)")
 
 
 def _tokens(node: gs.Node) -> int | None:
@@ -33,10 +33,17 @@ def _tokens(node: gs.Node) -> int | None:
     return None
 
 
-def _is_small(weight: Array, rows: int) -> bool:
+def _runs(weight: Array) -> bool:
+    """Whether a shape of the kernel fits, even the 99 KiB of shared memory that some GPUs have."""
+    if weight.ndim != 2:
+        return False
     into, out = weight.shape
-    products = rows * into * out * (2 if into > out else 1)
-    return bool(into % 64 == 0 and out % 16 == 0 and into * out <= MOST_WEIGHTS and products <= MOST_PRODUCTS)
+    return bool(out % 16 == 0 and into <= 1536) if into % 128 == 0 else bool(into % 64 == 0 and out % 32 == 0 and into <= 832)
+
+
+def _is_small(node: gs.Node, largest_batch: int) -> bool:
+    weight, tokens = node.inputs[1].values, _tokens(node)
+    return tokens is not None and weight.size <= MOST_WEIGHTS and largest_batch * tokens * weight.size <= MOST_PRODUCTS
 
 
 def _linear(node: gs.Node, inputs: list[gs.Tensor], outputs: list[gs.Tensor], **attributes: int | float) -> gs.Node:
@@ -52,24 +59,27 @@ def _only_reader(tensor: gs.Tensor, op: str) -> gs.Node | None:
     return reader if reader is not None and reader.op == op and reader.inputs[0 if op == "StmLinear" else 1] is tensor else None
 
 
-def _fuse_norm(graph: gs.Graph, first: gs.Node) -> None:
-    """Take the norm behind `first` apart, if it stands between two StmLinear and does nothing else."""
+def _fuse_norm(graph: gs.Graph, first: gs.Node, largest: float) -> None:
+    """Take the norm behind `first` apart, if it stands between two StmLinear and does nothing else, and no weight exceeds `largest`."""
     norm = _only_reader(first.outputs[0], "StmAddMergeNorm")
     if norm is None or norm.attrs["merge"] != "none" or norm.attrs["cls_index"] >= 0 or isinstance(norm.inputs[0], gs.Constant):
         return
     residual, hidden, gain = norm.inputs
     stream, normed = norm.outputs
     second = _only_reader(normed, "StmLinear")
-    if second is None:
+    if second is None or second.attrs["adds"]:
         return
     name = normed.name
-    scaled = constant(f"{second.inputs[1].name}_normed", value(second.inputs[1], second.name) * value(gain, norm.name))
+    weight = value(second.inputs[1], second.name) * value(gain, norm.name)
+    if np.abs(weight).max() > largest:
+        return
+    scaled = constant(f"{second.inputs[1].name}_normed", weight)
     sixteenth = gs.Variable(f"{name}.sixteenth", np.float32, hidden.shape)
     squares = gs.Variable(f"{name}.squares", np.float32)
     norm.inputs.clear()
     norm.outputs.clear()
     out = list(second.outputs)
-    graph.nodes.append(_linear(second, [sixteenth, scaled, squares], out, normed=1, adds=second.attrs["adds"], epsilon=norm.attrs["epsilon"]))
+    graph.nodes.append(_linear(second, [sixteenth, scaled, squares], out, normed=1, epsilon=norm.attrs["epsilon"]))
     before = list(first.inputs)
     graph.nodes.append(
         _linear(first, [*before, residual], [sixteenth, stream, squares], adds=1, normed=first.attrs["normed"], epsilon=first.attrs["epsilon"])
@@ -85,17 +95,20 @@ def fuse_linear(graph: gs.Graph, precision: str, largest_batch: int | None) -> g
     """
     if precision == "fp32" or largest_batch is None:
         return graph
-    for node in list(graph.nodes):
-        if node.op != "MatMul" or not _MODULES.match(node.name) or not isinstance(node.inputs[1], gs.Constant):
-            continue
-        weight, tokens = node.inputs[1], _tokens(node)
-        if tokens is None or weight.values.ndim != 2 or not _is_small(weight.values, largest_batch * tokens):
-            continue
-        turned = constant(f"{weight.name}_rows", np.ascontiguousarray(weight.values.T))
-        graph.nodes.append(_linear(node, [node.inputs[0], turned], list(node.outputs)))
+    products = {
+        match: node
+        for node in graph.nodes
+        if node.op == "MatMul" and isinstance(node.inputs[1], gs.Constant) and (match := _MODULES.match(node.name)) and _runs(node.inputs[1].values)
+    }
+    small = {match[1] for match, node in products.items() if match[2] != "out" and _is_small(node, largest_batch)}  # None: the embedding
+    for match, node in products.items():
+        if match[1] in small:
+            weight = node.inputs[1]
+            turned = constant(f"{weight.name}_rows", np.ascontiguousarray(weight.values.T))
+            graph.nodes.append(_linear(node, [node.inputs[0], turned], list(node.outputs)))
     graph.cleanup().toposort()
     for node in list(graph.nodes):
         if node.op == "StmLinear" and node.outputs:
-            _fuse_norm(graph, node)
+            _fuse_norm(graph, node, 65504 if precision == "fp16" else np.inf)
     graph.cleanup().toposort()
     return graph

@@ -23,7 +23,7 @@ struct LinearTraits {
   static constexpr int kStage = 3;                                // chunks that come and are multiplied together
   static constexpr int kRoom = 2 * kStage;                        // chunks of x under way
   static constexpr int kSumRow = kColumns + 4;                    // floats; no bank conflicts
-  static_assert(kColumnTiles * kAcross * 16 == kColumns && kRowTiles * 8 == kRows && kRows % 4 == 0);  // whole warps of eight lanes a row
+  static_assert(kColumnTiles * kAcross * 16 == kColumns && kRowTiles * 8 == kRows && kRows % 4 == 0 && kAlong >= 2);  // whole warps of eight lanes a row
 };
 
 template <typename Traits>

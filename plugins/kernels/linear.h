@@ -37,7 +37,7 @@ constexpr LinearShape kLinearShapes[] = {{24, 16, 1, 4}, {24, 32, 2, 4}, {40, 32
                                          {40, 32, 2, 4}, {40, 64, 4, 2}, {40, 128, 4, 2}};
 constexpr int32_t kNbLinearShapes = sizeof kLinearShapes / sizeof *kLinearShapes;
 
-// fp16 and bf16; in_features a multiple of 64, out_features of 16, as far as shared memory goes.
+// fp16 and bf16; in_features a multiple of 128 and out_features of 16, or of 64 and 32, as far as shared memory goes.
 bool linear_supported(int32_t in_features, int32_t out_features, DataType type);
 // Index of the shape that is expected to be the fastest; -1 if none runs these extents.
 int32_t linear_shape(const LinearParams& p);

@@ -51,8 +51,8 @@ struct LinearOp : OpDefaults {
   }
   static bool check(const AttributeValues&, const Bindings& b, const Where& where) noexcept {
     if (b.known(kIn) && b.known(kOut) && !supported(b, DataType::kFloat16)) {
-      return where.fail("weight is (%d, %d); the kernel takes in_features in multiples of 64 and out_features of 16, as far as the "
-                        "shared memory of this GPU goes; leave others a MatMul",
+      return where.fail("weight is (%d, %d); the kernel takes in_features in multiples of 128 and out_features of 16, or of 64 and 32, as "
+                        "far as the shared memory of this GPU goes; leave others a MatMul",
                         int(b[kOut] * kSquaredColumns), int(b[kIn] * kSquaredColumns));
     }
     return check_seqlen(b, kSeqlen, where);

@@ -203,7 +203,9 @@ class Plugin final : public nvinfer1::IPluginV3,
     for (int32_t i = 0; i < nb_large; ++i) {
       if (contains(small, nb_small, large[i])) tactics_[nb_tactics_++] = large[i];
     }
-    if (Op::kHasTactics && nb_tactics_ == 0) return where().fail("no kernel runs these extents"), -1;
+    if (Op::kHasTactics && nb_tactics_ == 0) {
+      return where().fail("no kernel runs these extents in %s", name_of(in[signature.activation_input()].desc.type)), -1;
+    }
     return 0;
   }
 
@@ -270,7 +272,7 @@ class Plugin final : public nvinfer1::IPluginV3,
       if (!activation_type(types[signature.activation_input()], type)) return -1;
       int32_t valid[kMaxTactics];
       const int32_t nb = clip(Op::tactics(values_, bindings, type, valid, kMaxTactics));
-      if (nb == 0) return where().fail("no kernel runs these extents"), -1;
+      if (nb == 0) return where().fail("no kernel runs these extents in %s", name_of(types[signature.activation_input()])), -1;
       // Tactic 0 means that TensorRT has not chosen yet: the safest one serves.
       if (tactic_ != 0 && !contains(valid, nb, tactic_)) return where().fail("tactic %d does not run these extents", tactic_), -1;
       safest_ = valid[0];

@@ -404,14 +404,35 @@ def test_other_products_stay(monkeypatch):
     portable = export_onnx(linear_model())
     assert not linear_nodes(lower_tensorrt(portable, "fp16"))  # any batch may come
     assert not linear_nodes(lower_tensorrt(portable, "fp32", largest_batch=1))
-    odd = linear_nodes(lower_tensorrt(export_onnx(make()), "bf16", largest_batch=1))
-    assert odd and not [name for name in odd if "in_proj" in name]  # of 32 features
+    assert list(linear_nodes(lower_tensorrt(export_onnx(make()), "bf16", largest_batch=1))) == ["patch_embed.proj/StmLinear"]  # 32 features
     # 31 tokens, then 28: an in_proj has tokens x 64 x 256 products, and the out_proj goes with it
     monkeypatch.setattr("exporter.passes.fuse_linear.MOST_PRODUCTS", 4 * 28 * 64 * 256)
     few = linear_nodes(lower_tensorrt(portable, "bf16", largest_batch=4))
     assert list(few) == [f"layers.{layer}.mixer.{name}/StmLinear" for layer in (1, 2, 3) for name in ("in_proj", "out_proj")]
     monkeypatch.setattr("exporter.passes.fuse_linear.MOST_WEIGHTS", 64 * 256 - 1)
-    assert all("out_proj" in name for name in linear_nodes(lower_tensorrt(portable, "bf16", largest_batch=4)))
+    assert not linear_nodes(lower_tensorrt(portable, "bf16", largest_batch=4))
+
+
+ODD = {
+    "192 to 48": {"patch_size": 8, "image_size": (48, 40), "d_model": 48},
+    "3072 to 192": {"patch_size": 32, "d_model": 192, "depth": 2},
+}
+
+
+@pytest.mark.parametrize("changes", ODD.values(), ids=ODD)
+def test_products_that_no_shape_of_the_kernel_runs_stay(changes):
+    model = stm.VisionMamba(CONFIG.with_changes(**changes)).eval()
+    model.init_weights(3)
+    assert "patch_embed.proj/StmLinear" not in linear_nodes(lower_tensorrt(export_onnx(model), "fp16", largest_batch=1))
+
+
+def test_a_norm_whose_weight_would_not_fit_fp16_stays():
+    model = linear_model()
+    model.layers[2].norm.weight.data *= 1e7
+    proto = export_onnx(model)
+    for precision, fused in (("fp16", 1), ("bf16", 2)):
+        nodes = linear_nodes(lower_tensorrt(proto, precision, largest_batch=1))
+        assert sum(attribute(node, "normed") for node in nodes.values()) == fused
 
 
 def test_more_linear_nodes_than_products_are_refused():

@@ -742,6 +742,16 @@ Values product(const Values& x, const Values& weight, int64_t rows, int64_t N, i
   return y;
 }
 
+// Whether a shape can run: divisions, and shared memory for the weights, six chunks of x, and what a norm needs beside them.
+bool linear_fits(const LinearShape& shape, int K, int N, bool norm) {
+  if (K % (32 * shape.along) != 0 || N % shape.columns != 0) return false;
+  const int chunk = 32 * shape.along, sums = shape.along * shape.rows * (shape.columns + 4) * 4;
+  const int tiles = 2 * K * shape.columns + 2 * shape.rows * chunk * std::min(K / chunk, 6);
+  int most = 0;
+  CHECK_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+  return std::max(tiles, sums) + (norm ? shape.rows * (shape.columns + 5 + K / 16) * 4 : 0) <= most;
+}
+
 LinearParams linear_params(const LinearCase& c, DataType T, const Buffer& x, const Buffer& weight, const Buffer& y) {
   LinearParams p{};
   p.rows = c.rows, p.in_features = c.in_features, p.out_features = c.out_features, p.type = T;
@@ -762,17 +772,17 @@ void test_linear(const LinearCase& c, DataType T) {
     return;
   }
   const double bound = T == DataType::kFloat16 ? 4e-4 : 3e-3;  // y is rounded to T
-  int runs = 0;
   for (int i = -1; i < kNbLinearShapes; i++) {
     auto enqueue = [&](cudaStream_t s) { return i < 0 ? linear(p, s) : linear(p, i, s); };
-    if (i >= 0 && enqueue(nullptr) == cudaErrorInvalidConfiguration) continue;
-    runs++;
+    if (i < 0 ? !linear_supported(c.in_features, c.out_features, T) : !linear_fits(kLinearShapes[i], c.in_features, c.out_features, false)) {
+      report("linear refusals", text, 0, 1, enqueue(nullptr) == cudaErrorInvalidConfiguration ? "" : "runs, or another error");
+      continue;
+    }
     std::vector<Values> got;
     const std::string trouble = run_twice(enqueue, {{&y, T}}, got);
     report(std::string("linear ") + (i < 0 ? "as chosen" : name_of(kLinearShapes[i])) + " " + name_of(T), text,
            got.empty() ? NAN : relative_error(got[0], want), bound, trouble);
   }
-  report("linear shapes", text, 0, 1, runs < 2 ? "none runs" : "");
 }
 
 // Two of them with a norm between: K -> N, the residual added, normalised, N -> K.
@@ -803,19 +813,25 @@ void test_linear_norm(const LinearCase& c, DataType T) {
   q.squares = squares_buffer.as<float>(), q.epsilon = static_cast<float>(epsilon);
   const std::string text = "rows " + std::to_string(rows) + ", " + std::to_string(K) + " to " + std::to_string(N);
   const double bound = T == DataType::kFloat16 ? 4e-4 : 3e-3;
-  for (int i = 0; i < kNbLinearShapes; i++) {
-    const std::string group = "linear norm " + name_of(kLinearShapes[i]) + " " + name_of(T);
-    if (linear(p, i, nullptr) == cudaSuccess) {
+  for (int i = -1; i < kNbLinearShapes; i++) {
+    const std::string group = "linear norm " + (i < 0 ? "as chosen" : name_of(kLinearShapes[i])) + " " + name_of(T);
+    auto fits = [&](int in, int outward) {
+      return i < 0 ? linear_supported(in, outward, T) : linear_fits(kLinearShapes[i], in, outward, true);
+    };
+    auto enqueue = [&](const LinearParams& which) {
+      return [&, i](cudaStream_t s) { return i < 0 ? linear(which, s) : linear(which, i, s); };
+    };
+    if (fits(c.in_features, c.out_features)) {
       std::vector<Values> got;
-      const std::string trouble = run_twice([&](cudaStream_t s) { return linear(p, i, s); }, {{&y, T}, {&out, f}, {&squares_out, f}}, got);
+      const std::string trouble = run_twice(enqueue(p), {{&y, T}, {&out, f}, {&squares_out, f}}, got);
       const bool whole = got.size() == 3;
       report(group, text + ", y", whole ? relative_error(got[0], stream) : NAN, bound, trouble);
       report(group, text + ", sum", whole ? relative_error(got[1], sum) : NAN, 3e-6, "");
       report(group, text + ", squares", whole ? relative_error(got[2], squares) : NAN, 6e-6, "");
     }
-    if (linear(q, i, nullptr) == cudaSuccess) {
+    if (fits(c.out_features, c.in_features)) {
       std::vector<Values> got;
-      const std::string trouble = run_twice([&](cudaStream_t s) { return linear(q, i, s); }, {{&last, T}}, got);
+      const std::string trouble = run_twice(enqueue(q), {{&last, T}}, got);
       report(group, text + ", back", got.empty() ? NAN : relative_error(got[0], want), bound, trouble);
     }
   }
@@ -1273,6 +1289,8 @@ void soak(double seconds) {
     n.rule = below(2) ? MergeRule::kEdge : MergeRule::kNone;
     if (n.rule == MergeRule::kEdge) n.left = below(n.seqlen / 3 + 1), n.right = below(n.seqlen / 3 + 1);
     test_norm(n, T);
+    const LinearCase l = {1 + below(400), 64 * (1 + below(12)), 64 * (1 + below(8))};
+    test_linear(l, T), test_linear_norm(l, T);
     if (++rounds == 20) before = free_bytes();  // lazily loaded kernels have taken their memory
   }
   const size_t after = free_bytes();
@@ -1405,12 +1423,12 @@ void time_layer(const char* model, int E, int R, int batch, int L, DataType T) {
       LinearParams with_norm = p;
       if (K < N) with_norm.squares = squares.as<float>(), with_norm.epsilon = 1e-5f;
       else with_norm.residual = residual.as<float>(), with_norm.residual_out = residual_out.as<float>(), with_norm.squares_out = squares_out.as<float>();
-      line(K < N ? "in_proj" : "out_proj", "with its part of the norm", time_us([&](cudaStream_t s) { return linear(with_norm, s); }), floor);
       for (int i = 0; i < kNbLinearShapes; i++) {
         if (linear(p, i, nullptr) != cudaSuccess) continue;
         line(K < N ? "in_proj" : "out_proj", (name_of(kLinearShapes[i]) + (i == linear_shape(p) ? " (chosen)" : "")).c_str(),
              time_us([&](cudaStream_t s) { return linear(p, i, s); }), floor);
       }
+      line(K < N ? "in_proj" : "out_proj", "with its part of the norm", time_us([&](cudaStream_t s) { return linear(with_norm, s); }), floor);
     }
   }
   if (wanted("norm")) {

@@ -519,6 +519,8 @@ void refuse_shape(Case c, size_t input, Shape shape, std::initializer_list<const
 
 void check_bad_shapes() {
   const Case linear = linear_case(DataType::kHALF, 1, 1);
+  const Case wide = linear_case(F, 0, 0);
+  CHECK(shape_change(Handle(create(wide.op, wide.attributes)), wide, 8) != 0 && said({"StmLinear 'node_7'", "no kernel runs these extents in"}));
   refuse_shape(linear, 0, {kBatch, kSeqlen, 2, kModel}, {"StmLinear 'node_7'", "'x'", "(batch, seqlen, 16 in_tiles)"});
   refuse_shape(linear, 0, {kBatch, kSeqlen, 190}, {"190 is no 16 in_tiles"});
   refuse_shape(linear, 0, {kBatch, kSeqlen, 208}, {"in_tiles is", "13"});
