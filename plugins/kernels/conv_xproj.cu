@@ -16,14 +16,14 @@ bool valid(int32_t seqlen, int32_t d_inner, int32_t row, DataType type) {
 }  // namespace
 
 int32_t conv_xproj_tactics(int32_t seqlen, int32_t d_inner, int32_t row, DataType type, int32_t* tactics,
-                           int32_t capacity) {
+                           int32_t capacity, bool every) {
   if (!valid(seqlen, d_inner, row, type)) return 0;
   int32_t count = 0;
   auto add = [&](ConvXProjTactic tactic) {
     if (count < capacity) tactics[count++] = static_cast<int32_t>(tactic);
   };
-  add(ConvXProjTactic::kSimple);
   if (conv_xproj_tensor_core_supported(d_inner, row, type)) add(ConvXProjTactic::kTensorCore);
+  if (every || count == 0) add(ConvXProjTactic::kSimple);
   return count;
 }
 

@@ -21,9 +21,9 @@ struct ConvXProjParams {  // contiguous; extents in elements
 // kTensorCore rounds u to T, for some hundred to some thousand tokens the taps as well.
 enum class ConvXProjTactic : int32_t { kSimple = 1, kTensorCore = 2 };
 
-// Tactics that can run these extents and type, safest first; returns their number (at most capacity).
+// The tactic for these extents and type, or every one that can run them, fastest first; returns their number (at most capacity).
 int32_t conv_xproj_tactics(int32_t seqlen, int32_t d_inner, int32_t row, DataType type, int32_t* tactics,
-                           int32_t capacity);
+                           int32_t capacity, bool every = false);
 size_t conv_xproj_workspace_bytes(int64_t batch, int64_t seqlen, int64_t d_inner, int64_t row, DataType type);
 // Enqueues only: no allocation, synchronisation or exception, so it may be captured.
 cudaError_t conv_xproj(const ConvXProjParams& p, ConvXProjTactic tactic, cudaStream_t stream);

@@ -48,7 +48,7 @@ int32_t mamba_scan_tactics(int32_t seqlen, int32_t d_inner, int32_t d_state, int
   if (every && mamba_scan_walk_two_pass_supported(seqlen, d_inner, d_state, dt_rank, row, type))
     add(MambaScanTactic::kWalkMmaTwoPass);
   if (every && mamba_scan_segments_supported(seqlen, d_inner, d_state, dt_rank, type)) add(MambaScanTactic::kSegments);
-  add(MambaScanTactic::kSimple);
+  if (every || count == 0) add(MambaScanTactic::kSimple);
   return count;
 }
 

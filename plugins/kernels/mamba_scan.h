@@ -49,8 +49,8 @@ constexpr size_t kMergeScratchBytes = kMergeBlocks * (sizeof(int32_t) + 8 * 2 * 
 // batch alone and runs it at every other: a profile 1:8:64 took kSegments and was 2.4 times too slow at 64.
 enum class MambaScanTactic : int32_t { kSimple = 1, kWalkMma = 2, kSegments = 3, kWalkMmaTwoPass = 4, kAdaptive = 5 };
 
-// Tactics to offer for these extents and type, fastest first; `every`: also those that kAdaptive chooses from. Returns
-// their number (at most capacity).
+// The tactic for these extents and type; `every`: also those that kAdaptive chooses from, and kSimple, last. Returns their
+// number (at most capacity).
 int32_t mamba_scan_tactics(int32_t seqlen, int32_t d_inner, int32_t d_state, int32_t dt_rank, int32_t row, DataType type,
                            int32_t* tactics, int32_t capacity, bool every = false);
 // What kWalkMmaTwoPass needs, and no other tactic; does not shrink with the batch. 0 up to 208 tokens: then workspace may be

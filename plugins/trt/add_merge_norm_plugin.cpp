@@ -110,7 +110,7 @@ struct AddMergeNormOp : OpDefaults {
   }
 
   // One kernel: nothing to choose and no scratch.
-  static int32_t tactics(const AttributeValues&, const Bindings&, DataType, int32_t*, int32_t) noexcept { return 0; }
+  static int32_t tactics(const AttributeValues&, const Bindings&, DataType, bool, int32_t*, int32_t) noexcept { return 0; }
   static bool knows_tactic(int32_t) noexcept { return false; }
   static size_t workspace_bytes(const AttributeValues&, const Bindings&, DataType) noexcept { return 0; }
 

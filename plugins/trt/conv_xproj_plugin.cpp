@@ -37,8 +37,9 @@ struct ConvXProjOp : OpDefaults {
     return check_seqlen(b, kSeqlen, where);
   }
 
-  static int32_t tactics(const AttributeValues&, const Bindings& b, DataType type, int32_t* out, int32_t capacity) noexcept {
-    return conv_xproj_tactics(int32_t(b[kSeqlen]), int32_t(b[kInner]), int32_t(b[kRow]), type, out, capacity);
+  static int32_t tactics(const AttributeValues&, const Bindings& b, DataType type, bool every, int32_t* out,
+                         int32_t capacity) noexcept {
+    return conv_xproj_tactics(int32_t(b[kSeqlen]), int32_t(b[kInner]), int32_t(b[kRow]), type, out, capacity, every);
   }
   static bool knows_tactic(int32_t tactic) noexcept {
     switch (ConvXProjTactic(tactic)) {

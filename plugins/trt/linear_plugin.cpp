@@ -59,7 +59,7 @@ struct LinearOp : OpDefaults {
   }
 
   // kHasTactics only because it tells what the op refuses: float32.
-  static int32_t tactics(const AttributeValues&, const Bindings& b, DataType type, int32_t* out, int32_t capacity) noexcept {
+  static int32_t tactics(const AttributeValues&, const Bindings& b, DataType type, bool, int32_t* out, int32_t capacity) noexcept {
     if (capacity < 1 || !supported(b, type)) return 0;
     return out[0] = int32_t(LinearTactic::kTensorCore), 1;
   }

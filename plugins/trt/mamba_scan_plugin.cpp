@@ -82,9 +82,10 @@ struct MambaScanOp : OpDefaults {
     return true;
   }
 
-  static int32_t tactics(const AttributeValues&, const Bindings& b, DataType type, int32_t* out, int32_t capacity) noexcept {
+  static int32_t tactics(const AttributeValues&, const Bindings& b, DataType type, bool every, int32_t* out,
+                         int32_t capacity) noexcept {
     return mamba_scan_tactics(int32_t(b[kSeqlen]), int32_t(b[kInner]), int32_t(b[kState]), int32_t(b[kRank]), int32_t(b[kRow]), type,
-                              out, capacity);
+                              out, capacity, every);
   }
   static bool knows_tactic(int32_t tactic) noexcept {
     switch (MambaScanTactic(tactic)) {

@@ -7,7 +7,10 @@
 //   signature(values, every = false) -> Signature        see tensors.h; `every`: optional tensors too, for the op schema
 //   derive(values, bindings), derived(values, ...)       see OpDefaults
 //   check(values, bindings, where) -> bool               what the signature cannot say; must accept unknown symbols
-//   tactics(values, bindings, type, out, capacity) -> n  tactics for these extents, safest first; 0: the op has none
+//   tactics(values, bindings, type, every, out, capacity) -> n
+//                                                        tactics for these extents, fastest first; 0: the op has none. Without
+//                                                        `every` those that TensorRT shall time: on a busy GPU it has taken a
+//                                                        twenty times slower one, so no more than may be the fastest
 //   kHasTactics, knows_tactic(tactic) -> bool
 //   workspace_bytes(values, bindings, type) -> size_t    of the largest extents
 //   scratch_bytes(values) -> size_t                      of device memory that a context keeps for the node; see OpDefaults
@@ -197,8 +200,8 @@ class Plugin final : public nvinfer1::IPluginV3,
     if (!activation_type(in[signature.activation_input()].desc.type, type)) return -1;
     // A tactic must run over the whole profile: it must serve both ends.
     int32_t large[kMaxTactics], small[kMaxTactics];
-    const int32_t nb_large = clip(Op::tactics(values_, max, type, large, kMaxTactics));
-    const int32_t nb_small = clip(Op::tactics(values_, min, type, small, kMaxTactics));
+    const int32_t nb_large = clip(Op::tactics(values_, max, type, false, large, kMaxTactics));
+    const int32_t nb_small = clip(Op::tactics(values_, min, type, false, small, kMaxTactics));
     nb_tactics_ = 0;
     for (int32_t i = 0; i < nb_large; ++i) {
       if (contains(small, nb_small, large[i])) tactics_[nb_tactics_++] = large[i];
@@ -271,11 +274,11 @@ class Plugin final : public nvinfer1::IPluginV3,
       DataType type;
       if (!activation_type(types[signature.activation_input()], type)) return -1;
       int32_t valid[kMaxTactics];
-      const int32_t nb = clip(Op::tactics(values_, bindings, type, valid, kMaxTactics));
+      const int32_t nb = clip(Op::tactics(values_, bindings, type, true, valid, kMaxTactics));
       if (nb == 0) return where().fail("no kernel runs these extents in %s", name_of(types[signature.activation_input()])), -1;
-      // Tactic 0 means that TensorRT has not chosen yet: the safest one serves.
+      // Tactic 0 means that TensorRT has not chosen yet.
       if (tactic_ != 0 && !contains(valid, nb, tactic_)) return where().fail("tactic %d does not run these extents", tactic_), -1;
-      safest_ = valid[0];
+      fallback_ = valid[0];
     }
     return 0;
   }
@@ -283,7 +286,7 @@ class Plugin final : public nvinfer1::IPluginV3,
   // Capture-legal: launches only.
   int32_t enqueue(const TensorDesc* in, const TensorDesc*, const void* const* inputs, void* const* outputs, void* workspace,
                   cudaStream_t stream) noexcept override {
-    Call call{in, inputs, outputs, workspace, scratch_.data(), tactic_ ? tactic_ : safest_, DataType::kFloat32, stream};
+    Call call{in, inputs, outputs, workspace, scratch_.data(), tactic_ ? tactic_ : fallback_, DataType::kFloat32, stream};
     if (!activation_type(in[activation_input_].type, call.type)) return where().fail("activations are %s", name_of(in[activation_input_].type)), -1;
     const cudaError_t status = Op::enqueue(values_, call);
     if (status == cudaSuccess) return 0;
@@ -344,7 +347,7 @@ class Plugin final : public nvinfer1::IPluginV3,
 
   AttributeValues values_;
   int32_t activation_input_ = Op::signature(values_).activation_input();
-  int32_t tactic_ = 0, safest_ = 0;
+  int32_t tactic_ = 0, fallback_ = 0;
   int32_t nb_tactics_ = 0, tactics_[kMaxTactics] = {};
   Scratch scratch_;
   char node_[96] = "", cache_id_[192] = "", metadata_[256] = "";

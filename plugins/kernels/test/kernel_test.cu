@@ -400,7 +400,7 @@ void test_conv(const Case& c, DataType T) {
       x_proj_weight(w.x_proj_weight, T), x_dbl(want.size() * size_of(T)),
       workspace(conv_xproj_workspace_bytes(B, L, E, P, T));
   int32_t tactics[8];
-  const int32_t count = conv_xproj_tactics(c.seqlen, c.d_inner, c.row(), T, tactics, 8);
+  const int32_t count = conv_xproj_tactics(c.seqlen, c.d_inner, c.row(), T, tactics, 8, true);
   // fp16: u and the result are rounded, 2e-4 each, by the shapes for many tokens the taps as well; bf16 eight times as
   // coarse
   const double bound = T == DataType::kFloat32 ? 3e-6 : T == DataType::kFloat16 ? 6e-4 : 5e-3;
@@ -1376,7 +1376,7 @@ void time_layer(const char* model, int E, int R, int batch, int L, DataType T) {
     Buffer x_dbl(static_cast<size_t>(2 * tokens * P) * size_of(T));
     p.x_dbl = x_dbl.data;
     int32_t tactics[8];
-    const int32_t count = conv_xproj_tactics(L, E, c.row(), T, tactics, 8);
+    const int32_t count = conv_xproj_tactics(L, E, c.row(), T, tactics, 8, true);
     for (int i = 0; i < count; i++) {
       const auto tactic = static_cast<ConvXProjTactic>(tactics[i]);
       line("conv_xproj", tactics[i] == 1 ? "simple" : "tensor core",
