@@ -23,7 +23,7 @@ struct LinearTraits {
   static constexpr int kStage = 3;                                // chunks that come and are multiplied together
   static constexpr int kRoom = 2 * kStage;                        // chunks of x under way
   static constexpr int kSumRow = kColumns + 4;                    // floats; no bank conflicts
-  static_assert(kColumnTiles * kAcross * 16 == kColumns && kRowTiles * 8 == kRows && kRows % 4 == 0 && kAlong >= 2);  // whole warps of eight lanes a row
+  static_assert(kColumnTiles * kAcross * 16 == kColumns && kRowTiles * 8 == kRows && kAlong >= 2);
 };
 
 template <typename Traits>
@@ -35,11 +35,9 @@ size_t shared_bytes(int in_features) {
   return std::max(weights + x, sums);
 }
 
-// Beside those: the residual's tile, the norm's factor of each row, and the squares that it comes from.
+// Beside those: the residual's tile and the norm's factor of each row.
 template <typename Traits>
-size_t added_bytes(int in_features) {
-  return size_t{Traits::kRows} * (Traits::kSumRow + 1 + in_features / kSquaredColumns) * sizeof(float);
-}
+constexpr size_t kAddedBytes = (size_t{Traits::kRows} * Traits::kSumRow + Traits::kRows) * sizeof(float);
 
 // Rows of 2 kChunk bytes, their pieces of 16 bytes in an order by which eight rows' pieces of one column lie in different banks.
 template <typename Traits>
@@ -61,8 +59,6 @@ __global__ __launch_bounds__(Traits::kThreads) void linear_kernel(const __grid_c
   unsigned char* const x_shared = shared + chunks * (kColumns * Traits::kChunkBytes);
   auto* const added = reinterpret_cast<float*>(shared + added_at);  // the residual's tile, as the sums lie
   float* const factors = added + kRows * Traits::kSumRow;
-  float* const squares = factors + kRows;  // of the rows, as they lie in memory
-  const int squares_of_row = p.in_features / kSquaredColumns;  // a multiple of 4
 
   const T* weight = static_cast<const T*>(p.weight) + static_cast<int64_t>(first_column) * p.in_features;
   for (int chunk = 0; chunk < chunks; chunk++)
@@ -92,12 +88,20 @@ __global__ __launch_bounds__(Traits::kThreads) void linear_kernel(const __grid_c
       copy_async_line16(added + row * Traits::kSumRow + column,
                         p.residual + (first_row + min(row, rows - 1)) * p.out_features + first_column + column, row < rows);
     }
-  if (p.squares)
-    for (int i = 4 * thread; i < kRows * squares_of_row; i += 4 * kThreads)
-      copy_async_line16(squares + i, p.squares + first_row * squares_of_row + min(i, rows * squares_of_row - 4),
-                        i < rows * squares_of_row);
   bring(0);
   bring(1);
+  if (p.squares)
+    for (int row = thread; row < kRows; row += kThreads) {
+      const int squares = p.in_features / kSquaredColumns;  // a multiple of 4
+      const float* of_row = p.squares + (first_row + min(row, rows - 1)) * squares;
+      float total = 0.f;
+#pragma unroll 4
+      for (int i = 0; i < squares; i += 4) {
+        const float4 v = load4(of_row + i);
+        total += (v.x + v.y) + (v.z + v.w);
+      }
+      factors[row] = rsqrtf(total / static_cast<float>(p.in_features) + p.epsilon) * (1.f / kStreamScale);
+    }
 
   const int warp = thread / 32, lane = thread % 32, across = warp % Traits::kAcross, along = warp / Traits::kAcross;
   float sums[kColumnTiles][kRowTiles][4] = {};
@@ -135,15 +139,6 @@ __global__ __launch_bounds__(Traits::kThreads) void linear_kernel(const __grid_c
     if (first + 2 * kStage < chunks) __syncthreads();  // all have read what the next but one overwrites
     bring(stage + 2);
   }
-
-  if (p.squares)  // eight lanes a row
-    for (int i = thread; i < 8 * kRows; i += kThreads) {
-      float total = 0.f;
-      for (int j = i % 8; j < squares_of_row; j += 8) total += squares[i / 8 * squares_of_row + j];
-#pragma unroll
-      for (int mask = 4; mask; mask /= 2) total += __shfl_xor_sync(~0u, total, mask);
-      if (i % 8 == 0) factors[i / 8] = rsqrtf(total / static_cast<float>(p.in_features) + p.epsilon) * (1.f / kStreamScale);
-    }
 
   // ---- the warps of one column add up, through shared memory that nobody reads any more
   copy_async_wait_all();
@@ -210,7 +205,7 @@ cudaError_t launch(const LinearParams& p, cudaStream_t stream) {
   using Traits = LinearTraits<T, kShape>;
   constexpr auto kKernel = linear_kernel<Traits>;
   const size_t own = shared_bytes<Traits>(p.in_features);
-  const size_t bytes = own + (p.squares || p.residual ? added_bytes<Traits>(p.in_features) : 0);
+  const size_t bytes = own + (p.squares || p.residual ? kAddedBytes<Traits> : 0);
   const int64_t row_tiles = (p.rows + Traits::kRows - 1) / Traits::kRows, column_tiles = p.out_features / Traits::kColumns;
   if (!fits(Traits::kCut, bytes, p.in_features, p.out_features, shared_bytes_of_device()) || row_tiles > INT32_MAX || column_tiles > 65535)
     return cudaErrorInvalidConfiguration;
@@ -232,7 +227,7 @@ auto with_shape(int32_t shape, Run run) {
 size_t bytes_of(int32_t shape, int32_t in_features) {
   return with_shape(shape, [&](auto index) {
     using Traits = LinearTraits<__half, index>;
-    return shared_bytes<Traits>(in_features) + added_bytes<Traits>(in_features);
+    return shared_bytes<Traits>(in_features) + kAddedBytes<Traits>;
   });
 }
 

@@ -749,7 +749,7 @@ bool linear_fits(const LinearShape& shape, int K, int N, bool norm) {
   const int tiles = 2 * K * shape.columns + 2 * shape.rows * chunk * std::min(K / chunk, 6);
   int most = 0;
   CHECK_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
-  return std::max(tiles, sums) + (norm ? shape.rows * (shape.columns + 5 + K / 16) * 4 : 0) <= most;
+  return std::max(tiles, sums) + (norm ? shape.rows * (shape.columns + 5) * 4 : 0) <= most;
 }
 
 LinearParams linear_params(const LinearCase& c, DataType T, const Buffer& x, const Buffer& weight, const Buffer& y) {
