@@ -47,8 +47,7 @@ __device__ __forceinline__ int place_of(int row, int piece) {
 
 // Grid: tiles of rows (fastest) x tiles of columns. weight is the mma's left operand, so that rows come in eights.
 template <typename Traits>
-__global__ __launch_bounds__(Traits::kThreads) void linear_kernel(const __grid_constant__ LinearParams p,
-                                                                            int added_at) {
+__global__ __launch_bounds__(Traits::kThreads) void linear_kernel(const __grid_constant__ LinearParams p, int added_at) {
   using T = typename Traits::T;
   constexpr int kRows = Traits::kRows, kColumns = Traits::kColumns, kPieces = Traits::kPieces, kStage = Traits::kStage;
   constexpr int kRowTiles = Traits::kRowTiles, kColumnTiles = Traits::kColumnTiles, kThreads = Traits::kThreads;
