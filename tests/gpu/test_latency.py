@@ -29,8 +29,8 @@ def test_merging_pays(model, builder, record):
     does not count. Batch 128: time falls with token-layers; batch 1: merging never costs time.
 
     Asked at batch 128 is 0.9 of the share by which token-layers fall. The bound is what models reached with GEMMs that add up in fp16, 0.76 and
-    0.77 (Ti, S on an H200). With kernel version 9 it is 0.83, 0.85 and 0.85 (Ti, S, B, by `stm bench` in turns; 0.88, 0.89 and 0.92 for plans
-    aligned to 8 tokens): where the rest goes is in docs/performance.md.
+    0.77 (Ti, S on an H200). With kernel version 9 it is 0.83, 0.85 and 0.85 (Ti, S, B, by `stm bench` in turns), for plans aligned to 8 tokens
+    with version 8 0.88, 0.89 and 0.92: where the rest goes is in docs/performance.md.
     """
     plan = stm.make_plan(stm.model_config(model), rate=0.2)
     fewer = 1 - sum(plan.lengths) / (plan.lengths[0] * len(plan.lengths))
