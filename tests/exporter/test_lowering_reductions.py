@@ -14,6 +14,12 @@ import stm
 from exporter.errors import ExportError
 from exporter.onnx_export import export_onnx
 from exporter.op_schema import OPS
+from exporter.passes.detach_bodies import detach_bodies
+from exporter.passes.fuse_add_norm import fuse_add_norm
+from exporter.passes.fuse_aligned import fuse_aligned
+from exporter.passes.fuse_linear import fuse_linear
+from exporter.passes.fuse_mixer import fuse_mixer
+from exporter.passes.fuse_patch_embed import fuse_patch_embed
 from exporter.passes.gather_rows import gather_rows
 from exporter.passes.tensorrt import lower_tensorrt, plugin_nodes
 from exporter.runtimes.ort import onnxruntime_session
@@ -203,6 +209,22 @@ def test_fp16_keeps_its_tolerance_where_it_selects_the_same(exported, case):
     errors = np.abs(got - want).max(1) / want.std()
     assert np.isfinite(got).all()
     assert np.median(errors) <= tolerance("fp16").max_error, errors
+
+
+@pytest.mark.parametrize("name", ["tome", "hsa", "utr"])
+def test_with_few_tokens_a_method_computes_the_same(name):
+    """Products and, where a method leaves them alone, norms in StmLinear; in float32, which the evaluator has and the kernel has not."""
+    config = CONFIG.with_changes(d_model=64)
+    base = stm.VisionMamba(config).eval()
+    base.init_weights(3)
+    model = with_reduction(base, create_reduction(name, config, schedule=SCHEDULE)).requires_grad_(False)
+    graph = gs.import_onnx(export_onnx(model))
+    for step in (detach_bodies, fuse_patch_embed, fuse_aligned, fuse_mixer, gather_rows, fuse_add_norm):
+        graph = step(graph)
+    lowered = gs.export_onnx(fuse_linear(graph, "fp16", 3))
+    assert sum(node.op_type == "StmLinear" for node in lowered.graph.node) == 2 * config.depth + 1
+    want = model(pictures()).numpy()
+    assert np.abs(run_lowered(lowered, pictures().numpy()) - want).max() <= 2e-5 * want.std()
 
 
 def test_the_file_says_which_method_it_is(exported):
