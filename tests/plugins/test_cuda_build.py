@@ -26,7 +26,7 @@ HEADERS = find_headers() if os.environ.get("TENSORRT_INCLUDE_DIR") else {}
 
 # Kernels that decide the speed (the `simple` ones and the merge weights do not) must not spill on sm_90, where they are
 # tuned and measured. Elsewhere a few registers outside the loops may: the bound is bytes a thread, stores or loads.
-FAST = re.compile(r"walk|segments|mma|few_kernel|many_kernel|warp_norm|vector_patch_rows")
+FAST = re.compile(r"walk|segments|mma|few_kernel|many_kernel|linear_kernel|warp_norm|vector_patch_rows")
 MAX_SPILL_BYTES = {90: 0}
 MAX_SPILL_BYTES_ELSEWHERE = 64
 
