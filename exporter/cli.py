@@ -142,7 +142,7 @@ def _engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--refit", action="store_true", help="weights may be exchanged later")
     group.add_argument("--tf32", action="store_true", help="let fp32 GEMMs use TF32 (parity in fp32 then fails by design)")
     group.add_argument(
-        "--fp16-accumulation", action="store_true", help="let fp16 GEMMs add up in fp16 where that is faster: two to three times the error"
+        "--fp16-accumulation", action="store_true", help="let TensorRT's fp16 GEMMs add up in fp16 where that is faster: two to three times the error"
     )
     group.add_argument("--plugin-library", metavar="FILE", help="libstm_trtN.so to use instead of the package's")
 

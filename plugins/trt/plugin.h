@@ -8,7 +8,7 @@
 //   derive(values, bindings), derived(values, ...)       see OpDefaults
 //   check(values, bindings, where) -> bool               what the signature cannot say; must accept unknown symbols
 //   tactics(values, bindings, type, every, out, capacity) -> n
-//                                                        tactics for these extents, fastest first; 0: the op has none. Without
+//                                                        tactics for these extents, slowest last; 0: the op has none. Without
 //                                                        `every` those that TensorRT shall time: on a busy GPU it has taken a
 //                                                        twenty times slower one, so no more than may be the fastest
 //   kHasTactics, knows_tactic(tactic) -> bool
