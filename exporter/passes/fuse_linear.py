@@ -38,7 +38,8 @@ def _runs(weight: Array) -> bool:
     if weight.ndim != 2:
         return False
     into, out = weight.shape
-    return bool(out % 16 == 0 and into <= 1536) if into % 128 == 0 else bool(into % 64 == 0 and out % 32 == 0 and into <= 832)
+    columns, most = (16, 1536) if into % 128 == 0 else (32, 832)
+    return bool(into % 64 == 0 and out % columns == 0 and into <= most)
 
 
 def _is_small(node: gs.Node, largest_batch: int) -> bool:
@@ -78,11 +79,9 @@ def _fuse_norm(graph: gs.Graph, first: gs.Node, largest: float) -> None:
     squares = gs.Variable(f"{name}.squares", np.float32)
     norm.inputs.clear()
     norm.outputs.clear()
-    out = list(second.outputs)
-    graph.nodes.append(_linear(second, [sixteenth, scaled, squares], out, normed=1, epsilon=norm.attrs["epsilon"]))
-    before = list(first.inputs)
+    graph.nodes.append(_linear(second, [sixteenth, scaled, squares], list(second.outputs), normed=1, epsilon=norm.attrs["epsilon"]))
     graph.nodes.append(
-        _linear(first, [*before, residual], [sixteenth, stream, squares], adds=1, normed=first.attrs["normed"], epsilon=first.attrs["epsilon"])
+        _linear(first, [*first.inputs, residual], [sixteenth, stream, squares], adds=1, normed=first.attrs["normed"], epsilon=first.attrs["epsilon"])
     )
 
 
@@ -95,14 +94,14 @@ def fuse_linear(graph: gs.Graph, precision: str, largest_batch: int | None) -> g
     """
     if precision == "fp32" or largest_batch is None:
         return graph
-    products = {
-        match: node
+    products = [
+        (match[1], match[2], node)  # (layer, in or out) of a mixer, (None, None) of the embedding
         for node in graph.nodes
         if node.op == "MatMul" and isinstance(node.inputs[1], gs.Constant) and (match := _MODULES.match(node.name)) and _runs(node.inputs[1].values)
-    }
-    small = {match[1] for match, node in products.items() if match[2] != "out" and _is_small(node, largest_batch)}  # None: the embedding
-    for match, node in products.items():
-        if match[1] in small:
+    ]
+    small = {layer for layer, which, node in products if which != "out" and _is_small(node, largest_batch)}
+    for layer, _, node in products:
+        if layer in small:
             weight = node.inputs[1]
             turned = constant(f"{weight.name}_rows", np.ascontiguousarray(weight.values.T))
             graph.nodes.append(_linear(node, [node.inputs[0], turned], list(node.outputs)))

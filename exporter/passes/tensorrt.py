@@ -20,6 +20,8 @@ from .fuse_mixer import fuse_mixer
 from .fuse_patch_embed import fuse_patch_embed
 from .gather_rows import gather_rows
 
+FUSIONS = (detach_bodies, fuse_patch_embed, fuse_aligned, fuse_mixer, gather_rows, fuse_add_norm)  # whatever precision and batch
+
 
 def lower_tensorrt(
     model: onnx.ModelProto, precision: str = "fp32", fp16_accumulation: bool = False, largest_batch: int | None = None
@@ -34,7 +36,7 @@ def lower_tensorrt(
         ExportError: the model is not a portable ViM export; says what differs and where.
     """
     graph = gs.import_onnx(model)
-    for step in (detach_bodies, fuse_patch_embed, fuse_aligned, fuse_mixer, gather_rows, fuse_add_norm):
+    for step in FUSIONS:
         graph = step(graph)
     graph = fuse_linear(graph, precision, largest_batch)
     graph = cast_precision(graph, precision, fp16_accumulation)

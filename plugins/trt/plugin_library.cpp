@@ -27,8 +27,10 @@ constexpr int kNbOps = 5;
 
 struct Ops {
   OpEntry entries[kNbOps] = {patch_rows_op(), conv_xproj_op(), mamba_scan_op(), add_merge_norm_op(), linear_op()};
-  nvinfer1::IPluginCreatorInterface* creators[kNbOps] = {entries[0].creator, entries[1].creator, entries[2].creator, entries[3].creator,
-                                                       entries[4].creator};
+  nvinfer1::IPluginCreatorInterface* creators[kNbOps];
+  Ops() noexcept {
+    for (int i = 0; i < kNbOps; ++i) creators[i] = entries[i].creator;
+  }
 };
 
 Ops& ops() noexcept {

@@ -18,7 +18,7 @@ from exporter.passes.fuse_add_norm import fuse_add_norm
 from exporter.passes.fuse_linear import fuse_linear
 from exporter.passes.fuse_mixer import fuse_mixer
 from exporter.passes.fuse_patch_embed import fuse_patch_embed
-from exporter.passes.tensorrt import check_lowered, lower_tensorrt, plugin_nodes
+from exporter.passes.tensorrt import FUSIONS, check_lowered, lower_tensorrt, plugin_nodes
 from exporter.passes.tensorrt_common import plugin_node
 
 from .fused_ops import run_lowered
@@ -390,7 +390,7 @@ def test_linear_nodes_compute_the_same():
     model = linear_model()
     images = torch.randn(3, 3, 96, 80, generator=torch.Generator().manual_seed(1))
     graph = gs.import_onnx(export_onnx(model))
-    for step in (detach_bodies, fuse_patch_embed, fuse_mixer, fuse_add_norm):
+    for step in FUSIONS:
         graph = step(graph)
     graph = fuse_linear(graph, "fp16", 3)  # its kernel has no float32, the reference evaluator has
     lowered = gs.export_onnx(graph)

@@ -14,14 +14,9 @@ import stm
 from exporter.errors import ExportError
 from exporter.onnx_export import export_onnx
 from exporter.op_schema import OPS
-from exporter.passes.detach_bodies import detach_bodies
-from exporter.passes.fuse_add_norm import fuse_add_norm
-from exporter.passes.fuse_aligned import fuse_aligned
 from exporter.passes.fuse_linear import fuse_linear
-from exporter.passes.fuse_mixer import fuse_mixer
-from exporter.passes.fuse_patch_embed import fuse_patch_embed
 from exporter.passes.gather_rows import gather_rows
-from exporter.passes.tensorrt import lower_tensorrt, plugin_nodes
+from exporter.passes.tensorrt import FUSIONS, lower_tensorrt, plugin_nodes
 from exporter.runtimes.ort import onnxruntime_session
 from exporter.tolerances import tolerance
 from stm.reduction import create_reduction, list_reductions, with_reduction
@@ -174,8 +169,7 @@ def half_op(base):
 
 
 def run_half(lowered, images):
-    ops = [half_op(getattr(fused_ops, name)) for name in ("StmPatchRows", "StmConvXProj", "StmMambaScan", "StmAddMergeNorm")]
-    return ReferenceEvaluator(lowered, new_ops=ops).run(None, {"images": images})[0]
+    return ReferenceEvaluator(lowered, new_ops=[half_op(op) for op in fused_ops.OPS]).run(None, {"images": images})[0]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -219,7 +213,7 @@ def test_with_few_tokens_a_method_computes_the_same(name):
     base.init_weights(3)
     model = with_reduction(base, create_reduction(name, config, schedule=SCHEDULE)).requires_grad_(False)
     graph = gs.import_onnx(export_onnx(model))
-    for step in (detach_bodies, fuse_patch_embed, fuse_aligned, fuse_mixer, gather_rows, fuse_add_norm):
+    for step in FUSIONS:
         graph = step(graph)
     lowered = gs.export_onnx(fuse_linear(graph, "fp16", 3))
     assert sum(node.op_type == "StmLinear" for node in lowered.graph.node) == 2 * config.depth + 1
