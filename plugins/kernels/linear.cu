@@ -1,11 +1,11 @@
 // linear.cu: y = x weight^T for few rows, on tensor cores. What counts is latency: all of a block's weights come while the
 // kernel before still runs, its rows of x in one go after that; one round of blocks covers the card.
-#include "linear.h"
-
 #include <algorithm>
 
 #include "device.cuh"
 #include "launch.cuh"
+#include "linear_epilogue.cuh"
+#include "linear_impl.h"
 
 namespace stm {
 namespace {
@@ -22,7 +22,6 @@ struct LinearTraits {
   static constexpr int kChunkBytes = 2 * kChunk, kPieces = kChunkBytes / 16;
   static constexpr int kStage = 3;                                // chunks that come and are multiplied together
   static constexpr int kRoom = 2 * kStage;                        // chunks of x under way
-  static constexpr int kSumRow = kColumns + 4;                    // floats; no bank conflicts
   static_assert(kColumnTiles * kAcross * 16 == kColumns && kRowTiles * 8 == kRows && kAlong >= 2);
 };
 
@@ -31,13 +30,13 @@ size_t shared_bytes(int in_features) {
   const size_t weights = size_t{Traits::kColumns} * 2 * in_features;
   const int chunks = in_features / Traits::kChunk;
   const size_t x = size_t{Traits::kRows} * Traits::kChunkBytes * std::min(chunks, Traits::kRoom);
-  const size_t sums = size_t{Traits::kAlong} * Traits::kRows * Traits::kSumRow * sizeof(float);
+  const size_t sums = size_t{Traits::kAlong} * Traits::kRows * kSumRow<Traits::kColumns> * sizeof(float);
   return std::max(weights + x, sums);
 }
 
 // Beside those: the residual's tile and the norm's factor of each row.
 template <typename Traits>
-constexpr size_t kAddedBytes = (size_t{Traits::kRows} * Traits::kSumRow + Traits::kRows) * sizeof(float);
+constexpr size_t kAddedBytes = (size_t{Traits::kRows} * kSumRow<Traits::kColumns> + Traits::kRows) * sizeof(float);
 
 // Rows of 2 kChunk bytes, their pieces of 16 bytes in an order by which eight rows' pieces of one column lie in different banks.
 template <typename Traits>
@@ -57,7 +56,7 @@ __global__ __launch_bounds__(Traits::kThreads) void linear_kernel(const __grid_c
   const int first_column = static_cast<int>(blockIdx.y) * kColumns;
   unsigned char* const x_shared = shared + chunks * (kColumns * Traits::kChunkBytes);
   auto* const added = reinterpret_cast<float*>(shared + added_at);  // the residual's tile, as the sums lie
-  float* const factors = added + kRows * Traits::kSumRow;
+  float* const factors = added + kRows * kSumRow<kColumns>;
 
   const T* weight = static_cast<const T*>(p.weight) + static_cast<int64_t>(first_column) * p.in_features;
   for (int chunk = 0; chunk < chunks; chunk++)
@@ -84,7 +83,7 @@ __global__ __launch_bounds__(Traits::kThreads) void linear_kernel(const __grid_c
   if (p.residual)  // in the group of the first rows
     for (int i = thread; i < kRows * (kColumns / 4); i += kThreads) {
       const int row = i / (kColumns / 4), column = i % (kColumns / 4) * 4;
-      copy_async_line16(added + row * Traits::kSumRow + column,
+      copy_async_line16(added + row * kSumRow<kColumns> + column,
                         p.residual + (first_row + min(row, rows - 1)) * p.out_features + first_column + column, row < rows);
     }
   bring(0);
@@ -150,53 +149,13 @@ __global__ __launch_bounds__(Traits::kThreads) void linear_kernel(const __grid_c
     for (int n = 0; n < kRowTiles; n++)
 #pragma unroll
       for (int r = 0; r < 4; r++)
-        buffer[(along * kRows + 8 * n + 2 * q + (r & 1)) * Traits::kSumRow + (across * kColumnTiles + i) * 16 + g + 8 * (r >> 1)] = sums[i][n][r];
+        buffer[(along * kRows + 8 * n + 2 * q + (r & 1)) * kSumRow<kColumns> + (across * kColumnTiles + i) * 16 + g + 8 * (r >> 1)] = sums[i][n][r];
   __syncthreads();
-  T* y = static_cast<T*>(p.y) + first_row * p.out_features + first_column;
-  constexpr int kItems = kRows * (kColumns / 8);  // eight columns of a row
-#pragma unroll 1
-  for (int begin = 0; begin < kItems; begin += kThreads) {  // all threads, for the shuffle
-    const int i = begin + thread, row = min(i, kItems - 1) / (kColumns / 8), column = i % (kColumns / 8) * 8;
-    float v[8] = {};
-#pragma unroll
-    for (int k = 0; k < Traits::kAlong; k++)
-#pragma unroll
-      for (int j = 0; j < 8; j += 4) {
-        const float4 part = load4(buffer + (k * kRows + row) * Traits::kSumRow + column + j);
-        v[j] += part.x, v[j + 1] += part.y, v[j + 2] += part.z, v[j + 3] += part.w;
-      }
-    if (p.squares) {
-#pragma unroll
-      for (int j = 0; j < 8; j++) v[j] *= factors[row];
-    }
-    const bool exists = i < kItems && row < rows;
-    if (p.residual) {
-      float square = 0.f;
-#pragma unroll
-      for (int j = 0; j < 8; j += 4) {
-        const float4 r = load4(added + row * Traits::kSumRow + column + j);
-        v[j] += r.x, v[j + 1] += r.y, v[j + 2] += r.z, v[j + 3] += r.w;
-      }
-#pragma unroll
-      for (int j = 0; j < 8; j++) square = fmaf(v[j], v[j], square);
-      square += __shfl_xor_sync(~0u, square, 1);
-      if (exists) {
-        float* out = p.residual_out + (first_row + row) * p.out_features + first_column + column;
-        store4(out, make_float4(v[0], v[1], v[2], v[3]));
-        store4(out + 4, make_float4(v[4], v[5], v[6], v[7]));
-        if (i % 2 == 0) p.squares_out[((first_row + row) * p.out_features + first_column + column) / kSquaredColumns] = square;
-      }
-#pragma unroll
-      for (int j = 0; j < 8; j++) v[j] *= kStreamScale;
-    }
-    if (!exists) continue;
-    const uint2 low = pack4<T>(v[0], v[1], v[2], v[3]), high = pack4<T>(v[4], v[5], v[6], v[7]);
-    *reinterpret_cast<uint4*>(y + static_cast<int64_t>(row) * p.out_features + column) = make_uint4(low.x, low.y, high.x, high.y);
-  }
+  put_out<T, kRows, kColumns, Traits::kAlong, kThreads>(p, first_row, first_column, rows, buffer, added, factors);
 }
 
 bool fits(const LinearShape& shape, size_t bytes, int32_t in_features, int32_t out_features, size_t most) {
-  return in_features % (32 * shape.along) == 0 && out_features % shape.columns == 0 && bytes <= most;
+  return in_features % (shape.wgmma ? 64 : 32 * shape.along) == 0 && out_features % shape.columns == 0 && bytes <= most;
 }
 
 template <typename T, int kShape>
@@ -214,19 +173,17 @@ cudaError_t launch(const LinearParams& p, cudaStream_t stream) {
                                    static_cast<int>(own));
 }
 
-// run(shape) for the one of that index
-template <int kShape = 0, typename Run>
-auto with_shape(int32_t shape, Run run) {
-  if constexpr (kShape + 1 < kNbLinearShapes) {
-    if (shape != kShape) return with_shape<kShape + 1>(shape, run);
-  }
-  return run(std::integral_constant<int, kShape>());
-}
+// Of wgmma, where other shapes are as fast: ViM-Ti's out_proj of one image.
+constexpr int64_t kFewBlocks = 20;
 
 size_t bytes_of(int32_t shape, int32_t in_features) {
-  return with_shape(shape, [&](auto index) {
-    using Traits = LinearTraits<__half, index>;
-    return shared_bytes<Traits>(in_features) + kAddedBytes<Traits>;
+  return with_linear_shape(shape, [&](auto index) {
+    if constexpr (kLinearShapes[index].wgmma) {
+      return linear_wgmma_bytes(index);
+    } else {
+      using Traits = LinearTraits<__half, index>;
+      return shared_bytes<Traits>(in_features) + kAddedBytes<Traits>;
+    }
   });
 }
 
@@ -249,14 +206,23 @@ int32_t linear_shape(const LinearParams& p) {
     const size_t bytes = bytes_of(i, p.in_features);
     if (!fits(shape, bytes, p.in_features, p.out_features, most)) continue;
     const int64_t blocks = (p.rows + shape.rows - 1) / shape.rows * (p.out_features / shape.columns);
-    const int64_t a_processor = (blocks + processors - 1) / processors, resident = std::max<int64_t>(1, static_cast<int64_t>(of_processor / (bytes + 1024)));
-    const double rounds = static_cast<double>((a_processor + resident - 1) / resident), chunks = p.in_features / (32. * shape.along);
-    // us, chosen to take the shape that is measured to be the fastest at 158 to 394 rows of ViM-Ti, S and B (H200). Weights
-    // count less: they come while the kernel before still runs.
-    const double megabytes = 2e-6 * static_cast<double>(blocks) * p.in_features * (shape.rows + .3 * shape.columns);
-    const double products = static_cast<double>(a_processor) * chunks * shape.rows / 8 * (shape.columns / 16) * 2 * shape.along;
-    const double us = .12 * megabytes + .12 * rounds * chunks + .002 * products;
-    if (best < 0 || us < least) best = i, least = us;
+    const int64_t a_processor = (blocks + processors - 1) / processors;
+    double us;  // chosen to take the shape that is measured to be the fastest (H200): of warps at 158 to 394 rows of ViM-Ti, S and B
+    if (shape.wgmma) {  // and of wgmma at 158 to 3,152
+      if (blocks < kFewBlocks) continue;
+      const int64_t rounds = (a_processor + shape.wgmma - 1) / shape.wgmma;
+      const double brought = 1.44e-3 * (p.in_features / 64) * (shape.rows + shape.columns) * static_cast<double>(a_processor);
+      us = 1.8 * static_cast<double>(rounds) + (shape.wgmma > 1 ? 1.15 : 1.) * brought;
+    } else {
+      const int64_t resident = std::max<int64_t>(1, static_cast<int64_t>(of_processor / (bytes + 1024)));
+      const double rounds = static_cast<double>((a_processor + resident - 1) / resident), chunks = p.in_features / (32. * shape.along);
+      // Weights count less: they come while the kernel before still runs.
+      const double megabytes = 2e-6 * static_cast<double>(blocks) * p.in_features * (shape.rows + .3 * shape.columns);
+      const double products = static_cast<double>(a_processor) * chunks * shape.rows / 8 * (shape.columns / 16) * 2 * shape.along;
+      us = .12 * megabytes + .12 * rounds * chunks + .002 * products;
+    }
+    const bool first_of_kind = best < 0 || (shape.wgmma > 0) != (kLinearShapes[best].wgmma > 0);  // wgmma comes last, and is faster
+    if (first_of_kind || us < least) best = i, least = us;
   }
   return best;
 }
@@ -265,8 +231,16 @@ cudaError_t linear(const LinearParams& p, int32_t shape, cudaStream_t stream) {
   if (p.rows < 0 || p.in_features < 1 || p.out_features < 1 || shape < 0 || shape >= kNbLinearShapes) return cudaErrorInvalidValue;
   if (p.residual && (!p.residual_out || !p.squares_out)) return cudaErrorInvalidValue;
   if (p.rows == 0) return cudaSuccess;
+  if (kLinearShapes[shape].wgmma) {
+    if (!fits(kLinearShapes[shape], bytes_of(shape, p.in_features), p.in_features, p.out_features, shared_bytes_of_device()))
+      return cudaErrorInvalidConfiguration;
+    return linear_wgmma(p, shape, stream);
+  }
   return with_half_type(p.type, [&](auto zero) {
-    return with_shape(shape, [&](auto index) { return launch<decltype(zero), index>(p, stream); });
+    return with_linear_shape(shape, [&](auto index) {
+      if constexpr (!kLinearShapes[index].wgmma) return launch<decltype(zero), index>(p, stream);
+      return cudaErrorInvalidConfiguration;
+    });
   });
 }
 

@@ -1,4 +1,4 @@
-// linear.h: a linear layer for few rows: y = x weight^T, as in_proj and out_proj of a ViM mixer at batch 1. It starts while
+// linear.h: a linear layer for few rows: y = x weight^T, as in_proj and out_proj of a ViM mixer in small batches. It starts while
 // the kernel before it still runs and brings its weights meanwhile; with many rows a library's GEMM is faster.
 //
 // Residual add and RMSNorm between two of them need no kernel: the first, given the residual, puts out the sum r, the sums of r^2
@@ -28,16 +28,19 @@ constexpr int32_t kSquaredColumns = 16;
 // Stored in engines: never renumber; zero is reserved by TensorRT.
 enum class LinearTactic : int32_t { kTensorCore = 1 };
 
-// How the work is cut: so many rows and columns of y a block, by `across` warps, `along` of which share their sums of
-// in_features. Tests run every one.
+// How the work is cut: so many rows and columns of y a block. Tests run every shape.
 struct LinearShape {
-  int32_t rows, columns, across, along;
+  int32_t rows, columns;
+  int32_t across, along;  // warps across the columns, each such set with a part of in_features; wgmma: warpgroups of 64 columns
+  int32_t wgmma = 0;      // Hopper's products, in_features a multiple of 64; so many blocks a multiprocessor
 };
-constexpr LinearShape kLinearShapes[] = {{24, 16, 1, 4}, {24, 32, 2, 4}, {40, 32, 2, 2},
-                                         {40, 32, 2, 4}, {40, 64, 4, 2}, {40, 128, 4, 2}};
+constexpr LinearShape kLinearShapes[] = {{24, 16, 1, 4},    {24, 32, 2, 4},     {40, 32, 2, 2},     {40, 32, 2, 4},
+                                         {40, 64, 4, 2},    {40, 128, 4, 2},    {40, 64, 1, 1, 1},  {80, 64, 1, 1, 1},
+                                         {40, 128, 2, 1, 1}, {56, 128, 2, 1, 1}, {80, 128, 2, 1, 1}, {80, 128, 2, 1, 2}};
 constexpr int32_t kNbLinearShapes = sizeof kLinearShapes / sizeof *kLinearShapes;
 
-// fp16 and bf16; in_features a multiple of 128 and out_features of 16, or of 64 and 32, as far as shared memory goes.
+// fp16 and bf16; in_features a multiple of 128 and out_features of 16, or of 64 and 32, as far as shared memory goes; on Hopper
+// any multiples of 64, too.
 bool linear_supported(int32_t in_features, int32_t out_features, DataType type);
 // Index of the shape that is expected to be the fastest; -1 if none runs these extents.
 int32_t linear_shape(const LinearParams& p);

@@ -725,8 +725,8 @@ struct LinearCase {
 };
 
 std::string name_of(const LinearShape& shape) {
-  return std::to_string(shape.rows) + " x " + std::to_string(shape.columns) + ", " + std::to_string(shape.across) + " x " +
-         std::to_string(shape.along) + " warps";
+  const std::string tile = std::to_string(shape.rows) + " x " + std::to_string(shape.columns) + ", ";
+  return tile + (shape.wgmma ? "wgmma, " + std::to_string(shape.wgmma) + " blocks" : std::to_string(shape.across) + " x " + std::to_string(shape.along) + " warps");
 }
 
 // y = x weight^T, x being (rows, K)
@@ -742,13 +742,17 @@ Values product(const Values& x, const Values& weight, int64_t rows, int64_t N, i
   return y;
 }
 
-// Whether a shape can run: divisions, and shared memory for the weights, six chunks of x, and what a norm needs beside them.
+// Whether a shape can run: divisions, and shared memory for the weights, six chunks of x, and what a norm needs beside them;
+// wgmma on Hopper only, where all of its shapes have room.
 bool linear_fits(const LinearShape& shape, int K, int N, bool norm) {
-  if (K % (32 * shape.along) != 0 || N % shape.columns != 0) return false;
+  int most = 0, major = 0;
+  CHECK_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+  CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+  if (N % shape.columns != 0) return false;
+  if (shape.wgmma) return kHasWgmma && major == 9 && K % 64 == 0;
+  if (K % (32 * shape.along) != 0) return false;
   const int chunk = 32 * shape.along, sums = shape.along * shape.rows * (shape.columns + 4) * 4;
   const int tiles = 2 * K * shape.columns + 2 * shape.rows * chunk * std::min(K / chunk, 6);
-  int most = 0;
-  CHECK_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
   return std::max(tiles, sums) + (norm ? shape.rows * (shape.columns + 5) * 4 : 0) <= most;
 }
 
@@ -1164,7 +1168,7 @@ std::vector<Case> conv_cases() {
 std::vector<LinearCase> linear_cases() {
   if (options.quick) return {{9, 64, 32}, {41, 384, 192}, {197, 192, 768}, {70, 1536, 768}};
   std::vector<LinearCase> cases;
-  for (int rows : {1, 7, 8, 9, 23, 24, 25, 39, 40, 41, 56, 57, 103, 104, 105}) cases.push_back({rows, 128, 384});
+  for (int rows : {1, 7, 8, 9, 23, 24, 25, 39, 40, 41, 56, 57, 79, 80, 81, 161}) cases.push_back({rows, 128, 384});
   for (auto [K, N] : {std::pair<int, int>{64, 32}, {128, 16}, {128, 32}, {192, 96}, {448, 64}, {576, 128}, {1024, 16}, {2048, 192}})
     cases.push_back({50, K, N});
   for (const Model& m : kModels)
@@ -1410,7 +1414,7 @@ void time_layer(const char* model, int E, int R, int batch, int L, DataType T) {
            time_us([&](cudaStream_t s) { return mamba_scan(merging, tactic, s); }), scan_floor);
     }
   }
-  if (wanted("linear") && T != DataType::kFloat32 && tokens <= 4096) {
+  if (wanted("linear") && T != DataType::kFloat32 && tokens <= 8192) {
     for (const LinearCase& extents : {LinearCase{tokens, static_cast<int>(d), 2 * E}, {tokens, E, static_cast<int>(d)}}) {
       const int64_t K = extents.in_features, N = extents.out_features;
       const Values some = gaussian(T, 4999, 0, 1, 1);
@@ -1430,6 +1434,29 @@ void time_layer(const char* model, int E, int R, int batch, int L, DataType T) {
       }
       line(K < N ? "in_proj" : "out_proj", "with its part of the norm", time_us([&](cudaStream_t s) { return linear(with_norm, s); }), floor);
     }
+    // As in a model: out_proj, norm and in_proj of layer after layer, whose weights come from DRAM where L2 does not hold all.
+    constexpr int kLayers = 12;
+    const int64_t in_weights = 2 * E * d, out_weights = E * d;
+    const Values some = gaussian(T, 4999, 0, 1e-2, 1);
+    const Buffer weights(repeat(some, kLayers * (in_weights + out_weights)), T), residual(repeat(some, tokens * d), DataType::kFloat32);
+    Buffer xz(static_cast<size_t>(tokens * 2 * E) * size_of(T)), hidden(static_cast<size_t>(tokens * d) * size_of(T)), stream(residual.bytes),
+        squares(residual.bytes / kSquaredColumns);
+    CHECK_CUDA(cudaMemset(xz.data, 0, xz.bytes));
+    const double us = time_us([&](cudaStream_t s) {
+      for (int layer = 0; layer < kLayers; layer++) {
+        LinearParams out = linear_params({tokens, E, static_cast<int>(d)}, T, xz, weights, hidden);
+        LinearParams in = linear_params({tokens, static_cast<int>(d), 2 * E}, T, hidden, weights, xz);
+        out.weight = static_cast<const char*>(weights.data) + static_cast<size_t>(layer * (in_weights + out_weights)) * size_of(T);
+        in.weight = static_cast<const char*>(out.weight) + static_cast<size_t>(out_weights) * size_of(T);
+        out.residual = residual.as<float>(), out.residual_out = stream.as<float>(), out.squares_out = squares.as<float>();
+        in.squares = squares.as<float>(), in.epsilon = 1e-5f;
+        for (const LinearParams& each : {out, in})
+          if (const cudaError_t status = linear(each, s); status != cudaSuccess) return status;
+      }
+      return cudaSuccess;
+    });
+    line("both", "with norm, 12 layers", us / kLayers,
+         (static_cast<double>(tokens * (3 * E + 2 * d) + 3 * E * d) * size + static_cast<double>(tokens * d * 8)) / bytes);
   }
   if (wanted("norm")) {
     Buffer residual(static_cast<size_t>(tokens * d) * 4), hidden(static_cast<size_t>(tokens * d) * size_of(T)),
