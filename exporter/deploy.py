@@ -15,7 +15,18 @@ from stm.config import ImageSize
 from stm.plan import resolve_plan
 from stm.reduction import ReducedVim, Reduction, parse_reduction, with_reduction
 
-from .engine import BuildOptions, build_engine, deserialize, make_sidecar, process, require_gpu, require_tensorrt, require_torch_gpu, sidecar_path
+from .engine import (
+    BuildOptions,
+    build_engine,
+    deserialize,
+    lower_for_engine,
+    make_sidecar,
+    process,
+    require_gpu,
+    require_tensorrt,
+    require_torch_gpu,
+    sidecar_path,
+)
 from .engine_parity import engine_latency, verify_engine
 from .errors import ParityError
 from .files import Staging, check_writable
@@ -23,7 +34,6 @@ from .libraries import load_plugin
 from .onnx_export import export_onnx, summary_of
 from .parity import ParityReport, verify, write_report
 from .passes.cast_precision import PRECISIONS
-from .passes.tensorrt import lower_tensorrt
 from .progress import Steps
 
 WEIGHTS = ("pretrained", "random")
@@ -263,7 +273,7 @@ def export(
             sidecar: dict[str, Any] | None = None
             if engine:
                 with steps.step("lowering"):
-                    lowered = lower_tensorrt(proto, precision, options.fp16_accumulation, options.batch.max)
+                    lowered = lower_for_engine(proto, precision, options)
                     clock = timed("lower", clock)
                 with steps.step("building the engine"):
                     blob, info = build_engine(lowered, options, plugin_library=plugin_library, show_progress=show_progress)

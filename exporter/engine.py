@@ -29,7 +29,7 @@ from .files import check_writable, written_aside
 from .gpus import Gpu, driver
 from .libraries import GET_TENSORRT, PluginLibrary, SmCoverage, check_gpu_covered, load_plugin, tensorrt_module, tensorrt_too_old
 from .op_schema import INPUT, OUTPUT
-from .passes.tensorrt import plugin_nodes
+from .passes.tensorrt import lower_tensorrt, plugin_nodes
 from .tolerances import TOLERANCES
 
 SIDECAR_SCHEMA = 1
@@ -154,6 +154,12 @@ def require_gpu() -> Gpu:
     return found.gpus[0]
 
 
+def lower_for_engine(model: onnx.ModelProto, precision: str, options: BuildOptions) -> onnx.ModelProto:
+    """`lower_tensorrt` for the engine that `options` ask for, on this machine's first GPU; a hardware-compatible one counts on no GPU."""
+    found = () if options.hardware_compatible else driver(with_version=False).gpus
+    return lower_tensorrt(model, precision, options.fp16_accumulation, options.batch.max, found[0].sm if found else None)
+
+
 def require_torch_gpu() -> None:
     """Ask before a build whether torch can use the GPU: parity against PyTorch and the timing of an engine need it.
 
@@ -268,7 +274,7 @@ def _monitor(trt: Any, show: bool, stopped: Callable[[], bool]) -> Any:
 def build_engine(
     model: onnx.ModelProto, options: BuildOptions, *, plugin_library: str | Path | None = None, show_progress: bool = False
 ) -> tuple[bytes, BuildInfo]:
-    """Build a lowered model (`passes.tensorrt.lower_tensorrt`) into a plan.
+    """Build a lowered model (`lower_for_engine`) into a plan.
 
     Returns:
         The serialised engine and what the build took.

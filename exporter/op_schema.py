@@ -211,22 +211,26 @@ FUSED_OPS = (
         "StmLinear",
         "y = x weight^T, sums in float32, for few tokens: fp16 and bf16. A norm between two of them needs no node: the first adds the "
         "residual and puts out the sum, its squares over each 16 columns and, as y, a sixteenth of it; the second multiplies its rows "
-        "by 16 / sqrt(mean of squares + epsilon), the norm's weight being part of its own.",
+        "by 16 / sqrt(mean of squares + epsilon), the norm's weight being part of its own. Tokens at both ends may merge in between (edge "
+        "rule): those of the first one's sum do.",
         (
             Operand("x", "batch, seqlen, in_features"),
             Operand("weight", "out_features, in_features"),
             Operand("squares", "batch, seqlen, in_features / 16", "float", "normed = 1"),
             Operand("residual", "batch, seqlen, out_features", "float", "adds = 1"),
+            Operand("merge_weights", "batch or 1, sources", "float", "left or right > 0"),
         ),
         (
-            Operand("y", "batch, seqlen, out_features"),
-            Operand("residual_out", "batch, seqlen, out_features", "float", "adds = 1"),
-            Operand("squares_out", "batch, seqlen, out_features / 16", "float", "adds = 1"),
+            Operand("y", "batch, seqlen - left - right, out_features"),
+            Operand("residual_out", "batch, seqlen - left - right, out_features", "float", "adds = 1"),
+            Operand("squares_out", "batch, seqlen - left - right, out_features / 16", "float", "adds = 1"),
         ),
         (
             Attribute("normed", "INT", 0, "1: squares normalise the rows of y"),
             Attribute("adds", "INT", 0, "1: y is a sixteenth of the sum with the residual"),
             Attribute("epsilon", "FLOAT", 1e-5, "of the norm"),
+            Attribute("left", "INT", 0, "tokens of the sum merged on the left, needs adds = 1"),
+            Attribute("right", "INT", 0, "tokens of the sum merged on the right, needs adds = 1"),
         ),
         fused=True,
     ),

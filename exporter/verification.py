@@ -9,7 +9,7 @@ from typing import Any
 
 from stm.errors import ConfigError, MissingDependencyError, StmError
 
-from .engine import BatchProfile, BuildOptions, adds_up_in_fp16, load_engine, require_torch_gpu
+from .engine import BatchProfile, BuildOptions, adds_up_in_fp16, load_engine, lower_for_engine, require_torch_gpu
 from .errors import ArtefactError, ParityError
 from .file_metadata import read_metadata
 from .images import parity_inputs
@@ -69,7 +69,6 @@ def verify_file(
 
     from .engine_parity import profile_batches, verify_engine
     from .onnx_export import export_onnx
-    from .passes.tensorrt import lower_tensorrt
 
     random, published = meta["weights_random"], meta.get("weights_kind") == "published" and checkpoint is None
     if not random and not published and checkpoint is None:
@@ -100,7 +99,7 @@ def verify_file(
     if not engine:
         return verify(path, model, precision=precision, batches=batches, bisect=bisect)
     options = BuildOptions(batch=BatchProfile(**meta["batch"]), fp16_accumulation=adds_up_in_fp16(meta))
-    lowered = lower_tensorrt(export_onnx(model), precision, options.fp16_accumulation, options.batch.max)
+    lowered = lower_for_engine(export_onnx(model), precision, options)
     config = model.config
     feeds = parity_inputs(config.image_size, config.mean, config.std, profile_batches(options.batch, tuple(batches)))
     return verify_engine(loaded, lowered, model, precision, options, feeds=feeds, bisect=bisect, plugin_library=plugin_library)

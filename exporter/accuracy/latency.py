@@ -63,11 +63,11 @@ def spec_of(bench: Bench, candidate: Candidate | None, label: str) -> Spec:
 def reduced_engine(workshop: Workshop, spec: Any, reduction: Reduction, batch: int) -> EngineBackend:
     """The engine of a method that looks at the image."""
     from ..bench.backends import EngineBackend
-    from ..engine import BatchProfile
-    from ..passes.tensorrt import lower_tensorrt
+    from ..engine import BatchProfile, BuildOptions, lower_for_engine
 
-    lowered = lower_tensorrt(reduced_portable(workshop, spec, reduction), PRECISION, largest_batch=batch)
-    engine, size, origin = workshop._built(lowered, f"{spec.model}-{spec.rate}-{PRECISION}-b{batch}", BatchProfile(batch, batch, batch))
+    profile = BatchProfile(batch, batch, batch)
+    lowered = lower_for_engine(reduced_portable(workshop, spec, reduction), PRECISION, BuildOptions(profile))
+    engine, size, origin = workshop._built(lowered, f"{spec.model}-{spec.rate}-{PRECISION}-b{batch}", profile)
     return EngineBackend("engine", engine, spec.image_size, PRECISION, weights=workshop.weights(spec), engine_bytes=size, notes=(origin,))
 
 

@@ -21,7 +21,7 @@ from stm import MergePlan, VisionMamba, model_config
 from stm.errors import ConfigError, MissingDependencyError
 
 from ..deploy import choose_plan
-from ..engine import BatchProfile, BuildOptions, adds_up_in_fp16, build_engine, default_timing_cache, deserialize, gpu, load_engine, process
+from ..engine import BatchProfile, BuildOptions, adds_up_in_fp16, build_engine, default_timing_cache, deserialize, gpu, load_engine, lower_for_engine, process
 from ..errors import ArtefactError
 from ..files import written_aside
 from .backends import DTYPES, Backend, EngineBackend, OnnxBackend, TorchBackend, release, require_cuda
@@ -237,12 +237,11 @@ class Workshop:
 
     def engine(self, spec: Spec, batch: int, name: str = "engine", piece: int | None = None) -> EngineBackend:
         """Our engine, built for exactly this batch, or for pieces of it."""
-        from ..passes.tensorrt import lower_tensorrt
-
         def make() -> EngineBackend:
             each = piece or batch
-            lowered = lower_tensorrt(self.portable(spec), spec.precision, spec.fp16_accumulation, each)
-            engine, size, origin = self._built(lowered, f"{_stem(spec)}-{spec.precision}-b{each}", BatchProfile(each, each, each))
+            profile = BatchProfile(each, each, each)
+            lowered = lower_for_engine(self.portable(spec), spec.precision, BuildOptions(profile, fp16_accumulation=spec.fp16_accumulation))
+            engine, size, origin = self._built(lowered, f"{_stem(spec)}-{spec.precision}-b{each}", profile)
             weights = self.weights(spec)
             return EngineBackend(name, engine, spec.image_size, spec.precision, weights=weights, engine_bytes=size, notes=(origin,), piece=piece)
 

@@ -5,8 +5,8 @@ After: StmLinear(x, weight), weight turned, where the largest batch has so few t
 its weights while the kernel before it still runs, and the one after it does the same, which no kernel of the runtime lets them.
 With many tokens the runtime's products are faster and stay.
 
-Then, before: out_proj -> StmAddMergeNorm without a merge -> in_proj of the next layer, both products StmLinear.
-After: out_proj adds the residual, in_proj normalises its rows; the norm's weight is multiplied into in_proj's.
+Then, before: out_proj -> StmAddMergeNorm -> in_proj of the next layer, both products StmLinear, merges by the edge rule if any.
+After: out_proj adds the residual and merges, in_proj normalises its rows; the norm's weight is multiplied into in_proj's.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ import onnx_graphsurgeon as gs
 
 from .tensorrt_common import Array, constant, plugin_node, value
 
-# Up to here StmLinear is faster than TensorRT 10.6's kernels (H200, docs/performance.md): products (tokens x in_features x
-# out_features) of an in_proj or patch embedding, elements of its weight. An out_proj goes with its in_proj.
+# Up to here StmLinear is faster than TensorRT 10.6's kernels (H200, docs/performance.md). On Hopper: elements of the output of an
+# in_proj or patch embedding. Elsewhere: products (tokens x in_features x out_features) of it, elements of its weight, as measured with
+# the kernels that every GPU has. An out_proj goes with its in_proj.
+MOST_OUTPUTS_HOPPER = 2.5e6
 MOST_PRODUCTS = 233e6
 MOST_WEIGHTS = 600_000
+HOPPER = 90  # code for sm_90a runs on no other
+MOST_MERGED = 11  # tokens at an end that the kernel merges
 _MODULES = re.compile(r"(?:(layers\.\d+)\.mixer\.(in|out)_proj|patch_embed\.proj)(?:/|$)")
 
 
@@ -33,18 +37,24 @@ def _tokens(node: gs.Node) -> int | None:
     return None
 
 
-def _runs(weight: Array) -> bool:
-    """Whether a shape of the kernel fits, even the 99 KiB of shared memory that some GPUs have."""
+def _runs(weight: Array, sm: int | None) -> bool:
+    """Whether a shape of the kernel fits: any multiples of 64 on Hopper, elsewhere even the 99 KiB of shared memory that some GPUs have."""
     if weight.ndim != 2:
         return False
     into, out = weight.shape
+    if sm == HOPPER and into % 64 == 0 and out % 64 == 0:
+        return True
     columns, most = (16, 1536) if into % 128 == 0 else (32, 832)
     return bool(into % 64 == 0 and out % columns == 0 and into <= most)
 
 
-def _is_small(node: gs.Node, largest_batch: int) -> bool:
+def _is_small(node: gs.Node, largest_batch: int, sm: int | None) -> bool:
     weight, tokens = node.inputs[1].values, _tokens(node)
-    return tokens is not None and weight.size <= MOST_WEIGHTS and largest_batch * tokens * weight.size <= MOST_PRODUCTS
+    if tokens is None:
+        return False
+    if sm == HOPPER:
+        return bool(largest_batch * tokens * weight.shape[1] <= MOST_OUTPUTS_HOPPER)
+    return weight.size <= MOST_WEIGHTS and largest_batch * tokens * weight.size <= MOST_PRODUCTS
 
 
 def _linear(node: gs.Node, inputs: list[gs.Tensor], outputs: list[gs.Tensor], **attributes: int | float) -> gs.Node:
@@ -61,11 +71,14 @@ def _only_reader(tensor: gs.Tensor, op: str) -> gs.Node | None:
 
 
 def _fuse_norm(graph: gs.Graph, first: gs.Node, largest: float) -> None:
-    """Take the norm behind `first` apart, if it stands between two StmLinear and does nothing else, and no weight exceeds `largest`."""
+    """Take the norm behind `first` apart, if it stands between two StmLinear, merges as they can, and no weight exceeds `largest`."""
     norm = _only_reader(first.outputs[0], "StmAddMergeNorm")
-    if norm is None or norm.attrs["merge"] != "none" or norm.attrs["cls_index"] >= 0 or isinstance(norm.inputs[0], gs.Constant):
+    if norm is None or norm.attrs["merge"] == "table" or norm.attrs["cls_index"] >= 0 or isinstance(norm.inputs[0], gs.Constant):
         return
-    residual, hidden, gain = norm.inputs
+    left, right = norm.attrs["left"], norm.attrs["right"]
+    if max(left, right) > MOST_MERGED:
+        return
+    residual, hidden, gain, *merge_weights = norm.inputs
     stream, normed = norm.outputs
     second = _only_reader(normed, "StmLinear")
     if second is None or second.attrs["adds"]:
@@ -75,31 +88,41 @@ def _fuse_norm(graph: gs.Graph, first: gs.Node, largest: float) -> None:
     if np.abs(weight).max() > largest:
         return
     scaled = constant(f"{second.inputs[1].name}_normed", weight)
-    sixteenth = gs.Variable(f"{name}.sixteenth", np.float32, hidden.shape)
+    sixteenth = gs.Variable(f"{name}.sixteenth", np.float32)
     squares = gs.Variable(f"{name}.squares", np.float32)
     norm.inputs.clear()
     norm.outputs.clear()
     graph.nodes.append(_linear(second, [sixteenth, scaled, squares], list(second.outputs), normed=1, epsilon=norm.attrs["epsilon"]))
     graph.nodes.append(
-        _linear(first, [*first.inputs, residual], [sixteenth, stream, squares], adds=1, normed=first.attrs["normed"], epsilon=first.attrs["epsilon"])
+        _linear(
+            first,
+            [*first.inputs, residual, *merge_weights],
+            [sixteenth, stream, squares],
+            adds=1,
+            normed=first.attrs["normed"],
+            epsilon=first.attrs["epsilon"],
+            left=left,
+            right=right,
+        )
     )
 
 
-def fuse_linear(graph: gs.Graph, precision: str, largest_batch: int | None) -> gs.Graph:
+def fuse_linear(graph: gs.Graph, precision: str, largest_batch: int | None, sm: int | None = None) -> gs.Graph:
     """Rewrite in place.
 
     Args:
         precision: fp32 changes nothing, the kernel has none.
         largest_batch: of the engine's profile; None, unknown, changes nothing.
+        sm: of the GPU that the engine is for, 90 for compute capability 9.0; None, unknown, counts on no kernel of Hopper.
     """
     if precision == "fp32" or largest_batch is None:
         return graph
     products = [
         (match[1], match[2], node)  # (layer, in or out) of a mixer, (None, None) of the embedding
         for node in graph.nodes
-        if node.op == "MatMul" and isinstance(node.inputs[1], gs.Constant) and (match := _MODULES.match(node.name)) and _runs(node.inputs[1].values)
+        if node.op == "MatMul" and isinstance(node.inputs[1], gs.Constant) and (match := _MODULES.match(node.name)) and _runs(node.inputs[1].values, sm)
     ]
-    small = {layer for layer, which, node in products if which != "out" and _is_small(node, largest_batch)}
+    small = {layer for layer, which, node in products if which != "out" and _is_small(node, largest_batch, sm)}
     for layer, _, node in products:
         if layer in small:
             weight = node.inputs[1]

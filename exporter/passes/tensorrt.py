@@ -24,13 +24,14 @@ FUSIONS = (detach_bodies, fuse_patch_embed, fuse_aligned, fuse_mixer, gather_row
 
 
 def lower_tensorrt(
-    model: onnx.ModelProto, precision: str = "fp32", fp16_accumulation: bool = False, largest_batch: int | None = None
+    model: onnx.ModelProto, precision: str = "fp32", fp16_accumulation: bool = False, largest_batch: int | None = None, sm: int | None = None
 ) -> onnx.ModelProto:
     """Lower a portable model (unchanged) for TensorRT at fp32, fp16 or bf16.
 
     Args:
         fp16_accumulation: as in `cast_precision`.
         largest_batch: of the engine's profile, as in `fuse_linear`; None leaves every product to TensorRT.
+        sm: of the GPU that the engine is for, as there.
 
     Raises:
         ExportError: the model is not a portable ViM export; says what differs and where.
@@ -38,7 +39,7 @@ def lower_tensorrt(
     graph = gs.import_onnx(model)
     for step in FUSIONS:
         graph = step(graph)
-    graph = fuse_linear(graph, precision, largest_batch)
+    graph = fuse_linear(graph, precision, largest_batch, sm)
     graph = cast_precision(graph, precision, fp16_accumulation)
     check_lowered(graph)
     # Reading types and shapes back from the portable graph would contradict what changed: TensorRT infers its own.

@@ -46,14 +46,15 @@ __device__ __forceinline__ int place_of(int row, int piece) {
 
 // Grid: tiles of rows (fastest) x tiles of columns. weight is the mma's left operand, so that rows come in eights.
 template <typename Traits>
-__global__ __launch_bounds__(Traits::kThreads) void linear_kernel(const __grid_constant__ LinearParams p, int added_at) {
+__global__ __launch_bounds__(Traits::kThreads, 1) void linear_kernel(const __grid_constant__ LinearParams p, int added_at) {
   using T = typename Traits::T;
   constexpr int kRows = Traits::kRows, kColumns = Traits::kColumns, kPieces = Traits::kPieces, kStage = Traits::kStage;
   constexpr int kRowTiles = Traits::kRowTiles, kColumnTiles = Traits::kColumnTiles, kThreads = Traits::kThreads;
   extern __shared__ __align__(128) unsigned char shared[];
   const int chunks = p.in_features / Traits::kChunk, thread = threadIdx.x;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
-  const int first_column = static_cast<int>(blockIdx.y) * kColumns;
+  const RowTile tile = row_tile<kRows>(p, blockIdx.x);
+  const int64_t first_row = tile.first;
+  const int first_column = static_cast<int>(blockIdx.y) * kColumns, rows = tile.rows;
   unsigned char* const x_shared = shared + chunks * (kColumns * Traits::kChunkBytes);
   auto* const added = reinterpret_cast<float*>(shared + added_at);  // the residual's tile, as the sums lie
   float* const factors = added + kRows * kSumRow<kColumns>;
@@ -70,7 +71,6 @@ __global__ __launch_bounds__(Traits::kThreads) void linear_kernel(const __grid_c
   let_next_start();
 
   const T* x = static_cast<const T*>(p.x) + first_row * p.in_features;
-  const int rows = static_cast<int>(min(p.rows - first_row, static_cast<int64_t>(kRows)));
   auto bring = [&](int stage) {  // an empty group where there is none
     for (int chunk = stage * kStage; chunk < min((stage + 1) * kStage, chunks); chunk++)
       for (int i = thread; i < kRows * kPieces; i += kThreads) {
@@ -151,7 +151,7 @@ __global__ __launch_bounds__(Traits::kThreads) void linear_kernel(const __grid_c
       for (int r = 0; r < 4; r++)
         buffer[(along * kRows + 8 * n + 2 * q + (r & 1)) * kSumRow<kColumns> + (across * kColumnTiles + i) * 16 + g + 8 * (r >> 1)] = sums[i][n][r];
   __syncthreads();
-  put_out<T, kRows, kColumns, Traits::kAlong, kThreads>(p, first_row, first_column, rows, buffer, added, factors);
+  put_out<T, kRows, kColumns, Traits::kAlong, kThreads>(p, tile, first_column, buffer, added, factors);
 }
 
 bool fits(const LinearShape& shape, size_t bytes, int32_t in_features, int32_t out_features, size_t most) {
@@ -164,12 +164,12 @@ cudaError_t launch(const LinearParams& p, cudaStream_t stream) {
   constexpr auto kKernel = linear_kernel<Traits>;
   const size_t own = shared_bytes<Traits>(p.in_features);
   const size_t bytes = own + (p.squares || p.residual ? kAddedBytes<Traits> : 0);
-  const int64_t row_tiles = (p.rows + Traits::kRows - 1) / Traits::kRows, column_tiles = p.out_features / Traits::kColumns;
-  if (!fits(Traits::kCut, bytes, p.in_features, p.out_features, shared_bytes_of_device()) || row_tiles > INT32_MAX || column_tiles > 65535)
+  const int64_t tiles = row_tiles(p, Traits::kRows), column_tiles = p.out_features / Traits::kColumns;
+  if (!fits(Traits::kCut, bytes, p.in_features, p.out_features, shared_bytes_of_device()) || tiles > INT32_MAX || column_tiles > 65535)
     return cudaErrorInvalidConfiguration;
   const cudaError_t status = allow_shared<kKernel>(bytes);
   if (status != cudaSuccess) return status;
-  return launch_dependent<kKernel>(dim3(static_cast<unsigned>(row_tiles), static_cast<unsigned>(column_tiles)), dim3(Traits::kThreads), bytes, stream, p,
+  return launch_dependent<kKernel>(dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(column_tiles)), dim3(Traits::kThreads), bytes, stream, p,
                                    static_cast<int>(own));
 }
 
@@ -205,7 +205,7 @@ int32_t linear_shape(const LinearParams& p) {
     const LinearShape& shape = kLinearShapes[i];
     const size_t bytes = bytes_of(i, p.in_features);
     if (!fits(shape, bytes, p.in_features, p.out_features, most)) continue;
-    const int64_t blocks = (p.rows + shape.rows - 1) / shape.rows * (p.out_features / shape.columns);
+    const int64_t blocks = row_tiles(p, shape.rows) * (p.out_features / shape.columns);
     const int64_t a_processor = (blocks + processors - 1) / processors;
     double us;  // chosen to take the shape that is measured to be the fastest (H200): of warps at 158 to 394 rows of ViM-Ti, S and B
     if (shape.wgmma) {  // and of wgmma at 158 to 3,152
@@ -230,6 +230,8 @@ int32_t linear_shape(const LinearParams& p) {
 cudaError_t linear(const LinearParams& p, int32_t shape, cudaStream_t stream) {
   if (p.rows < 0 || p.in_features < 1 || p.out_features < 1 || shape < 0 || shape >= kNbLinearShapes) return cudaErrorInvalidValue;
   if (p.residual && (!p.residual_out || !p.squares_out)) return cudaErrorInvalidValue;
+  if (p.left < 0 || p.right < 0 || p.left > kMostMerged || p.right > kMostMerged) return cudaErrorInvalidValue;
+  if (p.left + p.right > 0 && (!p.residual || !p.merge_weights || p.left + p.right >= p.seqlen || p.rows % p.seqlen != 0)) return cudaErrorInvalidValue;
   if (p.rows == 0) return cudaSuccess;
   if (kLinearShapes[shape].wgmma) {
     if (!fits(kLinearShapes[shape], bytes_of(shape, p.in_features), p.in_features, p.out_features, shared_bytes_of_device()))

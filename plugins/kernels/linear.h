@@ -4,6 +4,7 @@
 // Residual add and RMSNorm between two of them need no kernel: the first, given the residual, puts out the sum r, the sums of r^2
 // over each 16 columns, and r / 16 in T; the second, given those squares, multiplies its rows by 16 / sqrt(mean(r^2) + epsilon).
 // The norm's weight is for the caller to multiply into the second's weight. A sixteenth: so that r may be as large as 1e6 in fp16.
+// Tokens at both ends of an image may merge in between (STM's edge rule, arXiv 2509.22691, eq. 11): the sums of the first do.
 #pragma once
 #include "types.h"
 
@@ -21,9 +22,15 @@ struct LinearParams {  // contiguous; extents in elements
   const float* residual;              // (rows, out_features), or null: y is the sum / 16
   float* residual_out;                // (rows, out_features); the sum
   float* squares_out;                 // (rows, out_features / 16)
+  int32_t seqlen;                     // tokens of an image, where some merge; rows is a multiple of it
+  int32_t left, right;                // up to kMostMerged: sources 0..left-1 -> left; the last `right` tokens -> seqlen - right - 1. Need a
+                                      // residual; rows of y, residual_out, squares_out: batch x (seqlen - left - right)
+  const float* merge_weights;         // (batch or 1, left + right)
+  bool weights_per_image;             // batch
 };
 constexpr float kStreamScale = 1.f / 16;
 constexpr int32_t kSquaredColumns = 16;
+constexpr int32_t kMostMerged = 11;  // at an end: no tile of rows is so small that it would not hold these and their target
 
 // Stored in engines: never renumber; zero is reserved by TensorRT.
 enum class LinearTactic : int32_t { kTensorCore = 1 };

@@ -11,6 +11,12 @@ namespace stm {
 size_t linear_wgmma_bytes(int32_t shape);
 cudaError_t linear_wgmma(const LinearParams& p, int32_t shape, cudaStream_t stream);
 
+// Tiles of so many rows that hold all of x.
+inline int64_t row_tiles(const LinearParams& p, int rows) {
+  const int64_t run = p.left + p.right > 0 ? p.seqlen : p.rows;
+  return run == 0 ? 0 : p.rows / run * ((run + rows - 1) / rows);
+}
+
 // run(std::integral_constant<int, shape>()) for the one of that index
 template <int kShape = 0, typename Run>
 auto with_linear_shape(int32_t shape, Run run) {

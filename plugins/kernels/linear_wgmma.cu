@@ -56,9 +56,9 @@ __device__ __forceinline__ void linear_tile(const LinearParams& p) {
   constexpr int kRows = Traits::kRows, kColumns = Traits::kColumns, kLine = Traits::kLine, kStages = Traits::kStages;
   extern __shared__ __align__(1024) unsigned char shared[];
   const int tid = threadIdx.x, lane = tid & 31, warp = __shfl_sync(~0u, tid >> 5, 0), chunks = p.in_features / 64;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
-  const int first_column = static_cast<int>(blockIdx.y) * kColumns;
-  const int rows = static_cast<int>(min(p.rows - first_row, static_cast<int64_t>(kRows)));
+  const RowTile tile = row_tile<kRows>(p, blockIdx.x);
+  const int64_t first_row = tile.first;
+  const int first_column = static_cast<int>(blockIdx.y) * kColumns, rows = tile.rows;
   const uint32_t shared_at = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const uint32_t full = shared_at + Traits::kBarriers, empty = full + 8 * kStages;
   auto* const factors = reinterpret_cast<float*>(shared + Traits::kFactors);
@@ -151,7 +151,7 @@ __device__ __forceinline__ void linear_tile(const LinearParams& p) {
       for (int r = 0; r < 4; r++) buffer[(8 * n + 2 * q + (r & 1)) * kSumRow<kColumns> + 8 * (r >> 1)] = sums[4 * n + r];
   }
   __syncthreads();
-  put_out<T, kRows, kColumns, 1, Traits::kThreads>(p, first_row, first_column, rows, reinterpret_cast<const float*>(shared), residual, factors);
+  put_out<T, kRows, kColumns, 1, Traits::kThreads>(p, tile, first_column, reinterpret_cast<const float*>(shared), residual, factors);
 }
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
@@ -166,13 +166,13 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kCut.wgmma) void linear_w
 template <typename T, int kShape>
 cudaError_t launch(const LinearParams& p, cudaStream_t stream) {
   using Traits = LinearWgmmaTraits<T, kShape>;
-  const int64_t row_tiles = (p.rows + Traits::kRows - 1) / Traits::kRows, column_tiles = p.out_features / Traits::kColumns;
-  if (row_tiles > INT_MAX || column_tiles > 65535) return cudaErrorInvalidConfiguration;
+  const int64_t tiles = row_tiles(p, Traits::kRows), column_tiles = p.out_features / Traits::kColumns;
+  if (tiles > INT_MAX || column_tiles > 65535) return cudaErrorInvalidConfiguration;
   constexpr auto kKernel = linear_wgmma_kernel<Traits>;
   const size_t bytes = p.residual ? Traits::kBytesWithResidual : Traits::kBytes;
   const cudaError_t status = allow_shared<kKernel>(bytes);
   if (status != cudaSuccess) return status;
-  return launch_dependent<kKernel>(dim3(static_cast<unsigned>(row_tiles), static_cast<unsigned>(column_tiles)), dim3(Traits::kThreads), bytes,
+  return launch_dependent<kKernel>(dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(column_tiles)), dim3(Traits::kThreads), bytes,
                                    stream, p);
 }
 

@@ -8,7 +8,7 @@
 namespace stm {
 
 // Raise when results, tactic numbers or timings change: it is part of every timing-cache key.
-constexpr int32_t kKernelVersion = 10;
+constexpr int32_t kKernelVersion = 11;
 
 enum class DataType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 

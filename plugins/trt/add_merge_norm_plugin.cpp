@@ -80,21 +80,12 @@ struct AddMergeNormOp : OpDefaults {
     return s;
   }
 
-  static bool one_or_batch(const Bindings& b, Symbol symbol, const char* name, const char* unit, const Where& where) noexcept {
-    if (!b.known(symbol) || b[symbol] == 1 || !b.known(kBatch) || b[symbol] == b[kBatch]) return true;
-    return where.fail("%s has %lld %s, needs 1 or the batch, %lld", name, static_cast<long long>(b[symbol]), unit,
-                      static_cast<long long>(b[kBatch]));
-  }
-
   static bool check(const AttributeValues& v, const Bindings& b, const Where& where) noexcept {
     if (!check_seqlen(b, kSeqlen, where)) return false;
     if (b.known(kSeqlen)) {
       const int64_t seqlen = b[kSeqlen];
       if (v.i(kClsIndex) >= seqlen) return where.fail("cls_index is %d, but residual has %d tokens", v.i(kClsIndex), int(seqlen));
-      if (int64_t(v.i(kLeft)) + v.i(kRight) >= seqlen) {
-        return where.fail("left %d and right %d leave none of %d tokens; was the plan made for another length?", v.i(kLeft), v.i(kRight),
-                          int(seqlen));
-      }
+      if (!check_merged(b, kSeqlen, v.i(kLeft), v.i(kRight), where)) return false;
       if (v.i(kOutLen) > seqlen) return where.fail("out_len is %d, but residual has %d tokens", v.i(kOutLen), int(seqlen));
       // A token joins one group, and each group's first may stand twice: with weight one, and with what its weight lacks of that.
       if (b.known(kMemberCount) && b[kMemberCount] > seqlen + v.i(kOutLen)) {
@@ -106,7 +97,8 @@ struct AddMergeNormOp : OpDefaults {
       return where.fail("members has %d entries for out_len = %d groups; each needs one at least", int(b[kMemberCount]), v.i(kOutLen));
     }
     if (b.known(kWeights) && b[kWeights] < 1) return where.fail("merge_weights has no columns; set 'merge' to 'none'");
-    return one_or_batch(b, kResidualBatch, "residual", "images", where) && one_or_batch(b, kWeightRows, "merge_weights", "rows", where);
+    return check_one_or_batch(b, kResidualBatch, kBatch, "residual", "images", where) &&
+           check_one_or_batch(b, kWeightRows, kBatch, "merge_weights", "rows", where);
   }
 
   // One kernel: nothing to choose and no scratch.

@@ -392,4 +392,17 @@ inline bool check_seqlen(const Bindings& bindings, int32_t seqlen, const Where& 
   return where.fail("seqlen is %lld; the kernels take 1 to %d tokens", static_cast<long long>(bindings[seqlen]), int(kMaxSeqlen));
 }
 
+// An extent of `name` that is 1 or that of the batch.
+inline bool check_one_or_batch(const Bindings& bindings, int32_t extent, int32_t batch, const char* name, const char* unit, const Where& where) noexcept {
+  if (!bindings.known(extent) || bindings[extent] == 1 || !bindings.known(batch) || bindings[extent] == bindings[batch]) return true;
+  return where.fail("%s has %lld %s, needs 1 or the batch, %lld", name, static_cast<long long>(bindings[extent]), unit,
+                    static_cast<long long>(bindings[batch]));
+}
+
+// Tokens merged at both ends must leave one.
+inline bool check_merged(const Bindings& bindings, int32_t seqlen, int32_t left, int32_t right, const Where& where) noexcept {
+  if (!bindings.known(seqlen) || int64_t{left} + right < bindings[seqlen]) return true;
+  return where.fail("left %d and right %d leave none of %d tokens; was the plan made for another length?", left, right, int(bindings[seqlen]));
+}
+
 }  // namespace stm::trt

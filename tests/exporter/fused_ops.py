@@ -111,7 +111,7 @@ class StmAddMergeNorm(OpRun):
 class StmLinear(OpRun):
     op_domain = "stm"
 
-    def _run(self, x, weight, *rest, normed=None, adds=None, epsilon=None, **_):
+    def _run(self, x, weight, *rest, normed=None, adds=None, epsilon=None, left=None, right=None, **_):
         x, weight, *rest = wide(x, weight, *rest)
         y = x @ weight.T
         if normed:
@@ -119,6 +119,11 @@ class StmLinear(OpRun):
         if not adds:
             return (y.float().numpy(),)
         total = y + rest.pop(0)
+        if left or right:
+            kept, w = total[:, left : total.shape[1] - right].clone(), rest.pop(0).expand(len(total), -1)[..., None]
+            kept[:, 0] += (w[:, :left] * total[:, :left]).sum(1)
+            kept[:, -1] += (w[:, left:] * total[:, total.shape[1] - right :]).sum(1)
+            total = kept
         squares = total.square().unflatten(-1, (-1, 16)).sum(-1)
         return tuple(t.float().numpy() for t in (total / 16, total, squares))
 

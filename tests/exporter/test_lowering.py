@@ -347,9 +347,9 @@ def test_plugin_nodes_refuse_what_the_parser_would_drop():
 LINEAR = CONFIG.with_changes(d_model=64)  # in_features of 64 and 128
 
 
-def linear_model():
-    """Four layers, merges before layer 1 only: two norms lie between products and do nothing else."""
-    model = stm.VisionMamba(LINEAR, stm.make_plan(LINEAR, schedule={1: (2, 1)})).eval()
+def linear_model(config=LINEAR, **plan_options):
+    """Four layers, merges before layer 1 only, if nothing else is said: three norms lie between products."""
+    model = stm.VisionMamba(config, stm.make_plan(config, **(plan_options or {"schedule": {1: (2, 1)}}))).eval()
     model.init_weights(3)
     for name, parameter in model.named_parameters():
         if "norm" in name:  # else all ones, and no gain could be forgotten
@@ -380,21 +380,42 @@ def test_products_of_few_tokens_become_linear_nodes():
 def test_norms_between_linear_nodes_are_part_of_them():
     lowered = lower_tensorrt(export_onnx(linear_model()), "fp16", largest_batch=2)
     nodes = linear_nodes(lowered)
-    # Before layer 0 there is the patch embedding, before layer 1 a merge, after layer 3 the class token alone
-    assert [name for name, node in nodes.items() if attribute(node, "adds")] == [f"layers.{layer}.mixer.out_proj/StmLinear" for layer in (1, 2)]
-    assert [name for name, node in nodes.items() if attribute(node, "normed")] == [f"layers.{layer}.mixer.in_proj/StmLinear" for layer in (2, 3)]
-    assert sum(node.op_type == "StmAddMergeNorm" for node in lowered.graph.node) == LINEAR.depth + 1 - 2
+    # Before layer 0 there is the patch embedding, after layer 3 the class token alone
+    assert [name for name, node in nodes.items() if attribute(node, "adds")] == [f"layers.{layer}.mixer.out_proj/StmLinear" for layer in (0, 1, 2)]
+    assert [name for name, node in nodes.items() if attribute(node, "normed")] == [f"layers.{layer}.mixer.in_proj/StmLinear" for layer in (1, 2, 3)]
+    assert sum(node.op_type == "StmAddMergeNorm" for node in lowered.graph.node) == LINEAR.depth + 1 - 3
+    merging = {name: (attribute(node, "left"), attribute(node, "right")) for name, node in nodes.items() if len(node.input) == 4}
+    assert merging == {"layers.0.mixer.out_proj/StmLinear": (2, 1)}
 
 
-def test_linear_nodes_compute_the_same():
-    model = linear_model()
+@pytest.mark.parametrize(
+    ("plan_options", "config", "norms"),
+    [({"schedule": {1: (2, 1)}, "rule": "frontier"}, LINEAR, 3), ({"schedule": {1: (12, 0)}}, LINEAR, 3), ({"schedule": {1: (11, 11)}}, LINEAR, 2)],
+    ids=["by a table", "more than the kernel merges", "as many as it merges"],
+)
+def test_other_merges_keep_their_norm(plan_options, config, norms):
+    lowered = lower_tensorrt(export_onnx(linear_model(config, **plan_options)), "fp16", largest_batch=2)
+    assert sum(node.op_type == "StmAddMergeNorm" for node in lowered.graph.node) == norms
+
+
+@pytest.mark.parametrize(
+    ("weights", "schedule", "sm"),
+    [("hsp", {1: (2, 1)}, None), ("hsp", {1: (0, 3), 2: (4, 0)}, 90), ("sum", {1: (11, 11), 3: (1, 1)}, None)],
+    ids=["both ends", "one end, Hopper", "most, a weight for all images"],
+)
+def test_linear_nodes_compute_the_same(weights, schedule, sm):
+    model = linear_model(schedule=schedule, weights=weights)
     images = torch.randn(3, 3, 96, 80, generator=torch.Generator().manual_seed(1))
     graph = gs.import_onnx(export_onnx(model))
     for step in FUSIONS:
         graph = step(graph)
-    graph = fuse_linear(graph, "fp16", 3)  # its kernel has no float32, the reference evaluator has
+    graph = fuse_linear(graph, "fp16", 3, sm)  # its kernel has no float32, the reference evaluator has
     lowered = gs.export_onnx(graph)
-    assert len(linear_nodes(lowered)) == 2 * LINEAR.depth + 1
+    nodes = linear_nodes(lowered)
+    assert len(nodes) == 2 * LINEAR.depth + 1
+    out_projs = [nodes[f"layers.{layer}.mixer.out_proj/StmLinear"] for layer in range(LINEAR.depth)]
+    merging = {layer + 1: (attribute(node, "left"), attribute(node, "right")) for layer, node in enumerate(out_projs) if len(node.input) == 4}
+    assert merging == schedule
     with torch.no_grad():
         want = model.double()(images.double()).float().numpy()
     assert np.abs(run_lowered(lowered, images.numpy()) - want).max() <= 2e-5 * want.std()
@@ -411,6 +432,18 @@ def test_other_products_stay(monkeypatch):
     assert list(few) == [f"layers.{layer}.mixer.{name}/StmLinear" for layer in (1, 2, 3) for name in ("in_proj", "out_proj")]
     monkeypatch.setattr("exporter.passes.fuse_linear.MOST_WEIGHTS", 64 * 256 - 1)
     assert not linear_nodes(lower_tensorrt(portable, "bf16", largest_batch=4))
+
+
+def test_hopper_takes_larger_products(monkeypatch):
+    """By the outputs of an in_proj, whatever its weights; features in multiples of 64 there."""
+    portable = export_onnx(linear_model())
+    monkeypatch.setattr("exporter.passes.fuse_linear.MOST_PRODUCTS", 0)
+    assert not linear_nodes(lower_tensorrt(portable, "fp16", largest_batch=4, sm=89))
+    monkeypatch.setattr("exporter.passes.fuse_linear.MOST_OUTPUTS_HOPPER", 4 * 28 * 256)
+    few = linear_nodes(lower_tensorrt(portable, "fp16", largest_batch=4, sm=90))
+    in_and_out = [f"layers.{layer}.mixer.{name}/StmLinear" for layer in (1, 2, 3) for name in ("in_proj", "out_proj")]
+    assert list(few) == ["patch_embed.proj/StmLinear", *in_and_out]  # the patch embedding has 30 x 64 outputs
+    assert not linear_nodes(lower_tensorrt(portable, "fp16", largest_batch=4, sm=100))
 
 
 ODD = {
@@ -430,7 +463,7 @@ def test_a_norm_whose_weight_would_not_fit_fp16_stays():
     model = linear_model()
     model.layers[2].norm.weight.data *= 1e7
     proto = export_onnx(model)
-    for precision, fused in (("fp16", 1), ("bf16", 2)):
+    for precision, fused in (("fp16", 2), ("bf16", 3)):
         nodes = linear_nodes(lower_tensorrt(proto, precision, largest_batch=1))
         assert sum(attribute(node, "normed") for node in nodes.values()) == fused
 
@@ -446,5 +479,5 @@ def test_more_linear_nodes_than_products_are_refused():
         check_lowered(graph)
     graph = lowered()
     next(node for node in graph.nodes if node.attrs.get("adds")).attrs["adds"] = 0
-    with pytest.raises(ExportError, match="1 of which add and 2 normalise"):
+    with pytest.raises(ExportError, match="2 of which add and 3 normalise"):
         check_lowered(graph)

@@ -99,16 +99,15 @@ def builder(work, portables):
     """build(case, precision, **options) -> (engine, lowered, BuildInfo, blob); built once each."""
     import onnx
 
-    from exporter.engine import BatchProfile, BuildOptions, build_engine, deserialize, process
-    from exporter.passes.tensorrt import lower_tensorrt
+    from exporter.engine import BatchProfile, BuildOptions, build_engine, deserialize, lower_for_engine, process
 
     made = {}
 
     def build(case, precision, batch=(1, 8, 64), **options):
         key = (case, precision, batch, tuple(sorted(options.items())))
         if key not in made:
-            lowered = lower_tensorrt(onnx.load(str(portables(case))), precision, largest_batch=batch[-1])
             chosen = BuildOptions(batch=BatchProfile(*batch), timing_cache=work / "timing.cache", **({"opt_level": 1} | options))
+            lowered = lower_for_engine(onnx.load(str(portables(case))), precision, chosen)
             blob, info = build_engine(lowered, chosen)
             made[key] = (deserialize(process(), blob), lowered, info, blob, chosen)
         return made[key]

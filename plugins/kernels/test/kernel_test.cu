@@ -789,16 +789,28 @@ void test_linear(const LinearCase& c, DataType T) {
   }
 }
 
-// Two of them with a norm between: K -> N, the residual added, normalised, N -> K.
-void test_linear_norm(const LinearCase& c, DataType T) {
-  const int64_t K = c.in_features, N = c.out_features, rows = c.rows;
+// Two of them with a norm between: K -> N, the residual added, tokens of `images` merged, normalised, N -> K.
+void test_linear_norm(const LinearCase& c, DataType T, int images = 1, int left = 0, int right = 0) {
+  const int64_t K = c.in_features, N = c.out_features, seqlen = c.rows / images, kept = seqlen - left - right, rows = kept * images;
   const DataType f = DataType::kFloat32;
   if (T == f || N % 64 != 0) return;
   const double epsilon = 1e-5, size = rows % 2 ? 30 : 0.02;  // of the residual
-  const Values x = gaussian(T, rows * K, 0, 1, 1), weight = gaussian(T, N * K, 0, 1 / std::sqrt(static_cast<double>(K)), 2);
-  const Values residual = gaussian(f, rows * N, 0, size, 3), back = gaussian(T, K * N, 0, 1 / std::sqrt(static_cast<double>(N)), 4);
-  Values sum = product(x, weight, rows, N, K), squares(static_cast<size_t>(rows * N / kSquaredColumns)), stream, normed(sum.size());
-  for (size_t i = 0; i < sum.size(); i++) sum[i] += residual[i], squares[i / kSquaredColumns] += sum[i] * sum[i], stream.push_back(sum[i] / 16);
+  const Values x = gaussian(T, c.rows * K, 0, 1, 1), weight = gaussian(T, N * K, 0, 1 / std::sqrt(static_cast<double>(K)), 2);
+  const Values residual = gaussian(f, c.rows * N, 0, size, 3), merge_weights = gaussian(f, (left ? images : 1) * (left + right), 0.5, 0.3, 5), back = gaussian(T, K * N, 0, 1 / std::sqrt(static_cast<double>(N)), 4);
+  Values every = product(x, weight, c.rows, N, K), sum(static_cast<size_t>(rows * N));
+  for (size_t i = 0; i < every.size(); i++) every[i] += residual[i];
+  for (int64_t m = 0; m < rows; m++)
+    for (int64_t n = 0; n < N; n++) {
+      const int64_t image = m / kept, token = m % kept + left;
+      auto of = [&](int64_t t) { return every[(image * seqlen + t) * N + n]; };
+      const double* w = merge_weights.data() + (left ? image : 0) * (left + right);  // one row for all images where nothing merges on the left
+      double v = of(token);
+      for (int s = 0; token == left && s < left; s++) v += w[s] * of(s);
+      for (int s = 0; token == left + kept - 1 && s < right; s++) v += w[left + s] * of(left + kept + s);
+      sum[m * N + n] = v;
+    }
+  Values squares(static_cast<size_t>(rows * N / kSquaredColumns)), stream, normed(sum.size());
+  for (size_t i = 0; i < sum.size(); i++) squares[i / kSquaredColumns] += sum[i] * sum[i], stream.push_back(sum[i] / 16);
   // The second reads what the first should have made, so that each is judged alone.
   Values given;
   for (double v : stream) given.push_back(round_to(T, v));
@@ -809,13 +821,15 @@ void test_linear_norm(const LinearCase& c, DataType T) {
   }
   const Values want = product(normed, back, rows, K, N);
   const Buffer x_buffer(x, T), weight_buffer(weight, T), residual_buffer(residual, f), back_buffer(back, T), given_buffer(given, T),
-      squares_buffer(squares, f);
+      squares_buffer(squares, f), merge_buffer(merge_weights, f);
   Buffer y(sum.size() * size_of(T)), out(sum.size() * 4), squares_out(squares.size() * 4), last(want.size() * size_of(T));
   LinearParams p = linear_params(c, T, x_buffer, weight_buffer, y);
   p.residual = residual_buffer.as<float>(), p.residual_out = out.as<float>(), p.squares_out = squares_out.as<float>();
+  p.seqlen = static_cast<int32_t>(seqlen), p.left = left, p.right = right, p.merge_weights = merge_buffer.as<float>(), p.weights_per_image = left > 0;
   LinearParams q = linear_params({rows, static_cast<int>(N), static_cast<int>(K)}, T, given_buffer, back_buffer, last);
   q.squares = squares_buffer.as<float>(), q.epsilon = static_cast<float>(epsilon);
-  const std::string text = "rows " + std::to_string(rows) + ", " + std::to_string(K) + " to " + std::to_string(N);
+  std::string text = "rows " + std::to_string(c.rows) + ", " + std::to_string(K) + " to " + std::to_string(N);
+  if (left + right > 0) text += ", " + std::to_string(images) + " images merge " + std::to_string(left) + "+" + std::to_string(right);
   const double bound = T == DataType::kFloat16 ? 4e-4 : 3e-3;
   for (int i = -1; i < kNbLinearShapes; i++) {
     const std::string group = "linear norm " + (i < 0 ? "as chosen" : name_of(kLinearShapes[i])) + " " + name_of(T);
@@ -842,6 +856,16 @@ void test_linear_norm(const LinearCase& c, DataType T) {
   LinearParams broken = p;
   broken.squares_out = nullptr;
   report("linear norm refusals", text, 0, 1, linear(broken, nullptr) == cudaErrorInvalidValue ? "" : "a residual without squares_out is taken");
+  for (int what = 0; what < 5; what++) {
+    broken = p;
+    broken.left = 1, broken.merge_weights = merge_buffer.as<float>();
+    if (what == 0) broken.left = kMostMerged + 1;
+    if (what == 1) broken.left = -1;
+    if (what == 2) broken.seqlen = 1 + right;
+    if (what == 3) broken.residual = nullptr;
+    if (what == 4) broken.merge_weights = nullptr;
+    report("linear norm refusals", text, 0, 1, linear(broken, nullptr) == cudaErrorInvalidValue ? "" : "a merge that cannot be is taken");
+  }
 }
 
 // ---- patch_rows -------------------------------------------------------------------------------------------------
@@ -1295,6 +1319,8 @@ void soak(double seconds) {
     test_norm(n, T);
     const LinearCase l = {1 + below(400), 64 * (1 + below(12)), 64 * (1 + below(8))};
     test_linear(l, T), test_linear_norm(l, T);
+    const int64_t images = 1 + below(3), seqlen = 24 + below(100);
+    test_linear_norm({images * seqlen, l.in_features, l.out_features}, T, static_cast<int>(images), static_cast<int>(below(12)), static_cast<int>(below(12)));
     if (++rounds == 20) before = free_bytes();  // lazily loaded kernels have taken their memory
   }
   const size_t after = free_bytes();
@@ -1574,7 +1600,13 @@ int main(int argc, char** argv) {
   for (DataType T : kTypes) {
     if (options.soak > 0 || (!options.type.empty() && options.type != name_of(T))) continue;
     if (wanted("linear"))
-      for (const LinearCase& c : linear_cases()) test_linear(c, T), test_linear_norm(c, T);
+      for (const LinearCase& c : linear_cases()) {
+        test_linear(c, T), test_linear_norm(c, T);
+        const int64_t images = c.rows % 3 == 0 && c.rows > 40 ? 3 : 1, seqlen = c.rows / images;
+        const int most = static_cast<int>(std::min<int64_t>(kMostMerged, (seqlen - 1) / 2));
+        test_linear_norm(c, T, static_cast<int>(images), most, most);
+        if (seqlen > 2) test_linear_norm(c, T, static_cast<int>(images), 0, 2), test_linear_norm(c, T, static_cast<int>(images), 1, 0);
+      }
     if (wanted("norm"))
       for (const NormCase& c : norm_cases()) test_norm(c, T);
     if (wanted("patch"))

@@ -228,15 +228,19 @@ Case conv_case(DataType T) {
           {{{2, kBatch, kSeqlen, kRow}, T}}, {"2,B,197,48"}};
 }
 
+// adds: 0, 1, or 2: and merges tokens.
 Case linear_case(DataType T, int normed, int adds) {
-  Case c{"StmLinear", {{"normed", normed}, {"adds", adds}, {"epsilon", 1e-5F}}, {{{kBatch, kSeqlen, kModel}, T}, {{2 * kInner, kModel}, T}},
-         {{{kBatch, kSeqlen, 2 * kInner}, T}}, {"B,197,768"}};
+  const int left = adds == 2 ? 3 : 0, right = adds == 2 ? 1 : 0, kept = kSeqlen - left - right;
+  const std::string tokens = std::to_string(kept);
+  Case c{"StmLinear", {{"normed", normed}, {"adds", adds > 0}, {"epsilon", 1e-5F}, {"left", left}, {"right", right}},
+         {{{kBatch, kSeqlen, kModel}, T}, {{2 * kInner, kModel}, T}}, {{{kBatch, kept, 2 * kInner}, T}}, {"B," + tokens + ",768"}};
   if (normed) c.inputs.push_back({{kBatch, kSeqlen, kModel / 16}, F});
   if (adds) {
     c.inputs.push_back({{kBatch, kSeqlen, 2 * kInner}, F});
-    c.outputs.push_back({{kBatch, kSeqlen, 2 * kInner}, F}), c.outputs.push_back({{kBatch, kSeqlen, 2 * kInner / 16}, F});
-    c.output_shapes.push_back("B,197,768"), c.output_shapes.push_back("B,197,48");
+    c.outputs.push_back({{kBatch, kept, 2 * kInner}, F}), c.outputs.push_back({{kBatch, kept, 2 * kInner / 16}, F});
+    c.output_shapes.push_back("B," + tokens + ",768"), c.output_shapes.push_back("B," + tokens + ",48");
   }
+  if (adds == 2) c.inputs.push_back({{kBatch, left + right}, F});
   return c;
 }
 
@@ -287,7 +291,7 @@ std::vector<Case> all_cases() {
     cases.push_back(patch_case(T, -1));
     cases.push_back(patch_case(T, 0, 233, 517, 14, 8));
     cases.push_back(conv_case(T));
-    if (T != DataType::kFLOAT) for (int normed : {0, 1}) for (int adds : {0, 1}) cases.push_back(linear_case(T, normed, adds));
+    if (T != DataType::kFLOAT) for (int normed : {0, 1}) for (int adds : {0, 1, 2}) cases.push_back(linear_case(T, normed, adds));
     for (int mode : {0, 1, 2, 3}) for (int scaled : {0, 1}) cases.push_back(scan_case(T, -1, mode, scaled));
     cases.push_back(scan_case(T, 98, 0, 1));
     for (const char* merge : {"none", "edge", "table"}) cases.push_back(norm_case(T, merge));
@@ -482,6 +486,10 @@ void check_bad_attributes() {
   refuse("StmMambaScan", without(scan, "scaled_decay"), {"'scaled_decay'", "is missing"});
   refuse("StmMambaScan", with(with(scan, "cls_index", 98), "weight_mode", 1), {"weight_mode is 1", "cls_index is 98"});
   refuse("StmMambaScan", with(scan, "weight", 1), {"'weight' is unknown", "'weight_mode'"});
+  const Attributes merging = linear_case(DataType::kHALF, 0, 2).attributes;
+  refuse("StmLinear", with(merging, "left", 12), {"'left'", "is 12", "between 0 and 11"});
+  refuse("StmLinear", with(merging, "right", -1), {"'right'", "is -1"});
+  refuse("StmLinear", with(merging, "adds", 0), {"'left' and 'right' are 3 and 1", "'adds' is 0"});
   refuse("StmAddMergeNorm", without(none, "merge"), {"'merge'", "is missing"});
   refuse("StmAddMergeNorm", with(none, "merge", "frontier"), {"'merge' is 'frontier'", "'none', 'edge', 'table'"});
   refuse("StmAddMergeNorm", with(none, "merge", ""), {"'merge' is ''"});
@@ -536,6 +544,18 @@ void check_bad_shapes() {
   refuse_shape(linear, 0, {kBatch, kSeqlen, 208}, {"in_tiles is", "13"});
   refuse_shape(linear, 2, {kBatch, kSeqlen, 13}, {"'squares'", "13"});
   refuse_shape(linear, 3, {kBatch, 196, 2 * kInner}, {"'residual'", "196"});
+  const Case merging = linear_case(DataType::kHALF, 0, 2);
+  refuse_shape(merging, 3, {kBatch, 5}, {"'merge_weights'", "5"});
+  const Handle merge(create(merging.op, merging.attributes));
+  Case changed = merging;
+  for (int64_t weight_rows : {1, 8, 5}) {
+    changed.inputs[3].shape = {weight_rows, 4};
+    CHECK((shape_change(merge, changed, 8) == 0) == (weight_rows != 5));
+  }
+  CHECK(said({"merge_weights has 5 rows, needs 1 or the batch, 8"}));
+  changed = merging;
+  for (Tensor* t : {&changed.inputs[0], &changed.inputs[2]}) t->shape[1] = 4;
+  CHECK(shape_change(merge, changed, 8) != 0 && said({"left 3 and right 1 leave none of 4 tokens"}));
   const Case conv = conv_case(F), scan = scan_case(F, -1, 1, 1), cls = scan_case(F, 98, 0, 0);
   refuse_shape(conv, 0, {kBatch, kSeqlen}, {"StmConvXProj 'node_7'", "'xz'", "(batch, seqlen, 2 d_inner)"});
   refuse_shape(conv, 0, {kBatch, kSeqlen, 769}, {"'xz'", "769 is no 2 d_inner"});
