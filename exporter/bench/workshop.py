@@ -21,7 +21,18 @@ from stm import MergePlan, VisionMamba, model_config
 from stm.errors import ConfigError, MissingDependencyError
 
 from ..deploy import choose_plan
-from ..engine import BatchProfile, BuildOptions, adds_up_in_fp16, build_engine, default_timing_cache, deserialize, gpu, load_engine, lower_for_engine, process
+from ..engine import (
+    BatchProfile,
+    BuildOptions,
+    adds_up_in_fp16,
+    build_engine,
+    default_timing_cache,
+    deserialize,
+    gpu,
+    load_engine,
+    lower_for_engine,
+    process,
+)
 from ..errors import ArtefactError
 from ..files import written_aside
 from .backends import DTYPES, Backend, EngineBackend, OnnxBackend, TorchBackend, release, require_cuda
@@ -237,6 +248,7 @@ class Workshop:
 
     def engine(self, spec: Spec, batch: int, name: str = "engine", piece: int | None = None) -> EngineBackend:
         """Our engine, built for exactly this batch, or for pieces of it."""
+
         def make() -> EngineBackend:
             each = piece or batch
             profile = BatchProfile(each, each, each)

@@ -54,7 +54,7 @@ def _is_small(node: gs.Node, largest_batch: int, sm: int | None) -> bool:
         return False
     if sm == HOPPER:
         return bool(largest_batch * tokens * weight.shape[1] <= MOST_OUTPUTS_HOPPER)
-    return weight.size <= MOST_WEIGHTS and largest_batch * tokens * weight.size <= MOST_PRODUCTS
+    return bool(weight.size <= MOST_WEIGHTS and largest_batch * tokens * weight.size <= MOST_PRODUCTS)
 
 
 def _linear(node: gs.Node, inputs: list[gs.Tensor], outputs: list[gs.Tensor], **attributes: int | float) -> gs.Node:
@@ -78,7 +78,7 @@ def _fuse_norm(graph: gs.Graph, first: gs.Node, largest: float) -> None:
     left, right = norm.attrs["left"], norm.attrs["right"]
     if max(left, right) > MOST_MERGED:
         return
-    residual, hidden, gain, *merge_weights = norm.inputs
+    residual, _, gain, *merge_weights = norm.inputs
     stream, normed = norm.outputs
     second = _only_reader(normed, "StmLinear")
     if second is None or second.attrs["adds"]:
@@ -120,7 +120,10 @@ def fuse_linear(graph: gs.Graph, precision: str, largest_batch: int | None, sm: 
     products = [
         (match[1], match[2], node)  # (layer, in or out) of a mixer, (None, None) of the embedding
         for node in graph.nodes
-        if node.op == "MatMul" and isinstance(node.inputs[1], gs.Constant) and (match := _MODULES.match(node.name)) and _runs(node.inputs[1].values, sm)
+        if node.op == "MatMul"
+        and isinstance(node.inputs[1], gs.Constant)
+        and (match := _MODULES.match(node.name))
+        and _runs(node.inputs[1].values, sm)
     ]
     small = {layer for layer, which, node in products if which != "out" and _is_small(node, largest_batch, sm)}
     for layer, _, node in products:
