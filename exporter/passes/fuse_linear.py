@@ -21,7 +21,7 @@ from .tensorrt_common import Array, constant, plugin_node, value
 # Up to here StmLinear is faster than TensorRT 10.6's kernels (H200, docs/performance.md). On Hopper: elements of the output of an
 # in_proj or patch embedding. Elsewhere: products (tokens x in_features x out_features) of it, elements of its weight, as measured with
 # the kernels that every GPU has. An out_proj goes with its in_proj.
-MOST_OUTPUTS_HOPPER = 2.5e6
+MOST_OUTPUTS_HOPPER = 4.9e6
 MOST_PRODUCTS = 233e6
 MOST_WEIGHTS = 600_000
 HOPPER = 90  # code for sm_90a runs on no other

@@ -69,7 +69,9 @@ __device__ __forceinline__ void linear_tile(const LinearParams& p) {
   }
   __syncthreads();
 
-  if (warp >= Traits::kConsumers / 32) {  // ---- brings
+  const bool brings = warp >= Traits::kConsumers / 32;
+  float sums[4 * Traits::kTiles];
+  if (brings) {
     const int thread = tid - Traits::kConsumers, line = thread >> 3, piece = thread & 7, K = p.in_features;
     const int place = line * kLine + ((piece ^ (line & 7)) << 4);  // of this thread's first 16 bytes; the next are 16 rows on
     const T* const weight = static_cast<const T*>(p.weight) + static_cast<int64_t>(first_column + line) * K + 8 * piece;
@@ -107,7 +109,6 @@ __device__ __forceinline__ void linear_tile(const LinearParams& p) {
       barrier_arrive_after_copies(full + 8 * ring.slot);
       ring.next();
     }
-    __syncthreads();
   } else {
     wait_for_previous();
     let_next_start();
@@ -120,7 +121,6 @@ __device__ __forceinline__ void linear_tile(const LinearParams& p) {
         factors[tid / kLanes] = rsqrtf(total / static_cast<float>(p.in_features) + p.epsilon) * (1.f / kStreamScale);
     }
     const int warpgroup = warp >> 2;
-    float sums[4 * Traits::kTiles];
     Ring<kStages> ring;
     int last = 0;
 #pragma unroll 1
@@ -142,7 +142,9 @@ __device__ __forceinline__ void linear_tile(const LinearParams& p) {
     }
     wgmma_wait<0>();
     pin(sums);
-    __syncthreads();  // all products are made, all copies have landed
+  }
+  __syncthreads();  // all products are made, all copies have landed
+  if (!brings) {
     auto* const buffer = reinterpret_cast<float*>(shared) + 16 * warp + (lane >> 2);
     const int q = lane & 3;
 #pragma unroll
