@@ -273,7 +273,7 @@ def export(
             sidecar: dict[str, Any] | None = None
             if engine:
                 with steps.step("lowering"):
-                    lowered = lower_for_engine(proto, precision, options)
+                    lowered = lower_for_engine(proto, precision, options, plugin_library)
                     clock = timed("lower", clock)
                 with steps.step("building the engine"):
                     blob, info = build_engine(lowered, options, plugin_library=plugin_library, show_progress=show_progress)

@@ -29,6 +29,7 @@ from .files import check_writable, written_aside
 from .gpus import Gpu, driver
 from .libraries import GET_TENSORRT, PluginLibrary, SmCoverage, check_gpu_covered, load_plugin, tensorrt_module, tensorrt_too_old
 from .op_schema import INPUT, OUTPUT
+from .passes.fuse_linear import HOPPER
 from .passes.tensorrt import lower_tensorrt, plugin_nodes
 from .tolerances import TOLERANCES
 
@@ -95,7 +96,7 @@ def default_timing_cache() -> Path | None:
 @dataclass(frozen=True)
 class BuildOptions:
     """How to build. `workspace_bytes` None leaves it to TensorRT; `max_threads` 0 means all CPUs; `fp16_accumulation` says how
-    the model given was lowered (`passes.lower_tensorrt`) and goes into the sidecar."""
+    the model given was lowered (`lower_for_engine`) and goes into the sidecar."""
 
     batch: BatchProfile = BatchProfile()
     timing_cache: Path | None = None
@@ -154,10 +155,16 @@ def require_gpu() -> Gpu:
     return found.gpus[0]
 
 
-def lower_for_engine(model: onnx.ModelProto, precision: str, options: BuildOptions) -> onnx.ModelProto:
-    """`lower_tensorrt` for the engine that `options` ask for, on this machine's first GPU; a hardware-compatible one counts on no GPU."""
+def lower_for_engine(model: onnx.ModelProto, precision: str, options: BuildOptions, plugin_library: str | Path | None = None) -> onnx.ModelProto:
+    """`lower_tensorrt` for the engine that `options` ask for, for this machine's first GPU as far as the plugin library has kernels of
+    its own for it; a hardware-compatible engine counts on no GPU."""
     found = () if options.hardware_compatible else driver(with_version=False).gpus
-    return lower_tensorrt(model, precision, options.fp16_accumulation, options.batch.max, found[0].sm if found else None)
+    sm = found[0].sm if found else None
+    if sm == HOPPER:
+        coverage = load_plugin(plugin_library).coverage
+        if HOPPER not in coverage.cubins | coverage.exact:  # compiled for another GPU, or it does not say
+            sm = None
+    return lower_tensorrt(model, precision, options.fp16_accumulation, options.batch.max, sm)
 
 
 def require_torch_gpu() -> None:

@@ -212,7 +212,7 @@ FUSED_OPS = (
         "y = x weight^T, sums in float32, for few tokens: fp16 and bf16. A norm between two of them needs no node: the first adds the "
         "residual and puts out the sum, its squares over each 16 columns and, as y, a sixteenth of it; the second multiplies its rows "
         "by 16 / sqrt(mean of squares + epsilon), the norm's weight being part of its own. Tokens at both ends may merge in between (edge "
-        "rule): those of the first one's sum do.",
+        "rule): the first merges its sums.",
         (
             Operand("x", "batch, seqlen, in_features"),
             Operand("weight", "out_features, in_features"),

@@ -98,8 +98,9 @@ def verify_file(
         )
     if not engine:
         return verify(path, model, precision=precision, batches=batches, bisect=bisect)
-    options = BuildOptions(batch=BatchProfile(**meta["batch"]), fp16_accumulation=adds_up_in_fp16(meta))
-    lowered = lower_for_engine(export_onnx(model), precision, options)
+    hardware_compatible = bool((meta.get("build") or {}).get("hardware_compatible"))
+    options = BuildOptions(batch=BatchProfile(**meta["batch"]), hardware_compatible=hardware_compatible, fp16_accumulation=adds_up_in_fp16(meta))
+    lowered = lower_for_engine(export_onnx(model), precision, options, plugin_library)
     config = model.config
     feeds = parity_inputs(config.image_size, config.mean, config.std, profile_batches(options.batch, tuple(batches)))
     return verify_engine(loaded, lowered, model, precision, options, feeds=feeds, bisect=bisect, plugin_library=plugin_library)

@@ -66,7 +66,7 @@ def reduced_engine(workshop: Workshop, spec: Any, reduction: Reduction, batch: i
     from ..engine import BatchProfile, BuildOptions, lower_for_engine
 
     profile = BatchProfile(batch, batch, batch)
-    lowered = lower_for_engine(reduced_portable(workshop, spec, reduction), PRECISION, BuildOptions(profile))
+    lowered = lower_for_engine(reduced_portable(workshop, spec, reduction), PRECISION, BuildOptions(profile), workshop.plugin_library)
     engine, size, origin = workshop._built(lowered, f"{spec.model}-{spec.rate}-{PRECISION}-b{batch}", profile)
     return EngineBackend("engine", engine, spec.image_size, PRECISION, weights=workshop.weights(spec), engine_bytes=size, notes=(origin,))
 

@@ -252,7 +252,8 @@ class Workshop:
         def make() -> EngineBackend:
             each = piece or batch
             profile = BatchProfile(each, each, each)
-            lowered = lower_for_engine(self.portable(spec), spec.precision, BuildOptions(profile, fp16_accumulation=spec.fp16_accumulation))
+            options = BuildOptions(profile, fp16_accumulation=spec.fp16_accumulation)
+            lowered = lower_for_engine(self.portable(spec), spec.precision, options, self.plugin_library)
             engine, size, origin = self._built(lowered, f"{_stem(spec)}-{spec.precision}-b{each}", profile)
             weights = self.weights(spec)
             return EngineBackend(name, engine, spec.image_size, spec.precision, weights=weights, engine_bytes=size, notes=(origin,), piece=piece)

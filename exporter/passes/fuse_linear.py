@@ -1,9 +1,9 @@
 """Give the products of few tokens to StmLinear, and the norms between them.
 
 Before: MatMul(x, weight) of a mixer's in_proj or out_proj, or of the patch embedding, weight (in_features, out_features).
-After: StmLinear(x, weight), weight turned, where the largest batch has so few tokens that latency is what counts: our kernel brings
-its weights while the kernel before it still runs, and the one after it does the same, which no kernel of the runtime lets them.
-With many tokens the runtime's products are faster and stay.
+After: StmLinear(x, weight), weight turned, where the largest batch has so few tokens that it is faster: our kernel brings its weights
+while the kernel before it still runs, and the one after it does the same, which no kernel of the runtime lets them. With many tokens
+the runtime's products are faster and stay.
 
 Then, before: out_proj -> StmAddMergeNorm -> in_proj of the next layer, both products StmLinear, merges by the edge rule if any.
 After: out_proj adds the residual and merges, in_proj normalises its rows; the norm's weight is multiplied into in_proj's.
@@ -19,13 +19,13 @@ import onnx_graphsurgeon as gs
 from .tensorrt_common import Array, constant, plugin_node, value
 
 # Up to here StmLinear is faster than TensorRT 10.6's kernels (H200, docs/performance.md). On Hopper: elements of the output of an
-# in_proj or patch embedding. Elsewhere: products (tokens x in_features x out_features) of it, elements of its weight, as measured with
-# the kernels that every GPU has. An out_proj goes with its in_proj.
+# in_proj; the patch embedding, with a quarter of them, goes with it. Elsewhere: products (tokens x in_features x out_features) of an
+# in_proj or patch embedding, elements of its weight, as measured with the kernels that every GPU has. An out_proj goes with its in_proj.
 MOST_OUTPUTS_HOPPER = 4.9e6
 MOST_PRODUCTS = 233e6
 MOST_WEIGHTS = 600_000
 HOPPER = 90  # code for sm_90a runs on no other
-MOST_MERGED = 11  # tokens at an end that the kernel merges
+MOST_MERGED = 11  # tokens at an end that the kernel merges: kMostMerged of plugins/kernels/linear.h
 _MODULES = re.compile(r"(?:(layers\.\d+)\.mixer\.(in|out)_proj|patch_embed\.proj)(?:/|$)")
 
 
@@ -48,12 +48,13 @@ def _runs(weight: Array, sm: int | None) -> bool:
     return bool(into % 64 == 0 and out % columns == 0 and into <= most)
 
 
-def _is_small(node: gs.Node, largest_batch: int, sm: int | None) -> bool:
+def _is_small(node: gs.Node, is_embedding: bool, largest_batch: int, sm: int | None) -> bool:
     weight, tokens = node.inputs[1].values, _tokens(node)
     if tokens is None:
         return False
     if sm == HOPPER:
-        return bool(largest_batch * tokens * weight.shape[1] <= MOST_OUTPUTS_HOPPER)
+        outputs_of_in_proj = weight.shape[1] * (4 if is_embedding else 1)
+        return bool(largest_batch * tokens * outputs_of_in_proj <= MOST_OUTPUTS_HOPPER)
     return bool(weight.size <= MOST_WEIGHTS and largest_batch * tokens * weight.size <= MOST_PRODUCTS)
 
 
@@ -113,7 +114,8 @@ def fuse_linear(graph: gs.Graph, precision: str, largest_batch: int | None, sm: 
     Args:
         precision: fp32 changes nothing, the kernel has none.
         largest_batch: of the engine's profile; None, unknown, changes nothing.
-        sm: of the GPU that the engine is for, 90 for compute capability 9.0; None, unknown, counts on no kernel of Hopper.
+        sm: of the GPU that the engine is for, 90 for compute capability 9.0; None, unknown, counts on no kernel of Hopper. See
+            `engine.lower_for_engine`.
     """
     if precision == "fp32" or largest_batch is None:
         return graph
@@ -125,7 +127,7 @@ def fuse_linear(graph: gs.Graph, precision: str, largest_batch: int | None, sm: 
         and (match := _MODULES.match(node.name))
         and _runs(node.inputs[1].values, sm)
     ]
-    small = {layer for layer, which, node in products if which != "out" and _is_small(node, largest_batch, sm)}
+    small = {layer for layer, which, node in products if which != "out" and _is_small(node, layer is None, largest_batch, sm)}
     for layer, _, node in products:
         if layer in small:
             weight = node.inputs[1]

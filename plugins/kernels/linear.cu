@@ -81,11 +81,7 @@ __global__ __launch_bounds__(Traits::kThreads, 1) void linear_kernel(const __gri
     copy_async_commit();
   };
   if (p.residual)  // in the group of the first rows
-    for (int i = thread; i < kRows * (kColumns / 4); i += kThreads) {
-      const int row = i / (kColumns / 4), column = i % (kColumns / 4) * 4;
-      copy_async_line16(added + row * kSumRow<kColumns> + column,
-                        p.residual + (first_row + min(row, rows - 1)) * p.out_features + first_column + column, row < rows);
-    }
+    bring_residual<kRows, kColumns, kThreads>(p, tile, first_column, added, thread);
   bring(0);
   bring(1);
   if (p.squares)
@@ -98,7 +94,7 @@ __global__ __launch_bounds__(Traits::kThreads, 1) void linear_kernel(const __gri
         const float4 v = load4(of_row + i);
         total += (v.x + v.y) + (v.z + v.w);
       }
-      factors[row] = rsqrtf(total / static_cast<float>(p.in_features) + p.epsilon) * (1.f / kStreamScale);
+      factors[row] = norm_factor(p, total);
     }
 
   const int warp = thread / 32, lane = thread % 32, across = warp % Traits::kAcross, along = warp / Traits::kAcross;
@@ -173,13 +169,14 @@ cudaError_t launch(const LinearParams& p, cudaStream_t stream) {
                                    static_cast<int>(own));
 }
 
-// Of wgmma, where other shapes are as fast: ViM-Ti's out_proj of one image.
+// With fewer blocks of wgmma, other shapes are as fast: ViM-Ti's out_proj of one image.
 constexpr int64_t kFewBlocks = 20;
 
-size_t bytes_of(int32_t shape, int32_t in_features) {
+// With what a norm needs, of a residual or of squares.
+size_t bytes_of(int32_t shape, int32_t in_features, bool with_residual = true) {
   return with_linear_shape(shape, [&](auto index) {
     if constexpr (kLinearShapes[index].wgmma) {
-      return linear_wgmma_bytes(index);
+      return linear_wgmma_bytes(index, with_residual);
     } else {
       using Traits = LinearTraits<__half, index>;
       return shared_bytes<Traits>(in_features) + kAddedBytes<Traits>;
@@ -199,23 +196,26 @@ bool linear_supported(int32_t in_features, int32_t out_features, DataType type) 
 int32_t linear_shape(const LinearParams& p) {
   const int64_t processors = processors_of_device();
   const size_t most = shared_bytes_of_device(), of_processor = shared_bytes_of_processor();
+  const bool hopper = linear_wgmma_supported();
   int32_t best = -1;
   double least = 0;
   for (int32_t i = 0; i < kNbLinearShapes; i++) {
     const LinearShape& shape = kLinearShapes[i];
-    const size_t bytes = bytes_of(i, p.in_features);
-    if (!fits(shape, bytes, p.in_features, p.out_features, most)) continue;
+    const size_t bytes = bytes_of(i, p.in_features, p.residual != nullptr);
+    if (!fits(shape, bytes, p.in_features, p.out_features, most) || (shape.wgmma && !hopper)) continue;
     const int64_t blocks = row_tiles(p, shape.rows) * (p.out_features / shape.columns);
+    if (shape.wgmma && best >= 0 && blocks < kFewBlocks) continue;
     const int64_t a_processor = (blocks + processors - 1) / processors;
-    double us;  // chosen to take the shape that is measured to be the fastest (H200): of warps at 158 to 394 rows of ViM-Ti, S and B
-    if (shape.wgmma) {  // and of wgmma at 158 to 3,152
-      if (blocks < kFewBlocks) continue;
-      const int64_t rounds = (a_processor + shape.wgmma - 1) / shape.wgmma;
+    const int64_t hold = std::max<int64_t>(1, static_cast<int64_t>(of_processor / (bytes + 1024))), resident = shape.wgmma ? std::min<int64_t>(shape.wgmma, hold) : hold;
+    const auto rounds = static_cast<double>((a_processor + resident - 1) / resident);
+    // us, chosen to take the shape that is measured to be the fastest on an H200: of wgmma at 158 to 3,152 rows of ViM-Ti, S and B,
+    // of the others at 158 to 394.
+    double us;
+    if (shape.wgmma) {
       const double brought = 1.44e-3 * (p.in_features / 64) * (shape.rows + shape.columns) * static_cast<double>(a_processor);
-      us = 1.8 * static_cast<double>(rounds) + (shape.wgmma > 1 ? 1.15 : 1.) * brought;
+      us = 1.8 * rounds + (shape.wgmma > 1 ? 1.15 : 1.) * brought;
     } else {
-      const int64_t resident = std::max<int64_t>(1, static_cast<int64_t>(of_processor / (bytes + 1024)));
-      const double rounds = static_cast<double>((a_processor + resident - 1) / resident), chunks = p.in_features / (32. * shape.along);
+      const double chunks = p.in_features / (32. * shape.along);
       // Weights count less: they come while the kernel before still runs.
       const double megabytes = 2e-6 * static_cast<double>(blocks) * p.in_features * (shape.rows + .3 * shape.columns);
       const double products = static_cast<double>(a_processor) * chunks * shape.rows / 8 * (shape.columns / 16) * 2 * shape.along;
@@ -234,8 +234,7 @@ cudaError_t linear(const LinearParams& p, int32_t shape, cudaStream_t stream) {
   if (p.left + p.right > 0 && (!p.residual || !p.merge_weights || p.left + p.right >= p.seqlen || p.rows % p.seqlen != 0)) return cudaErrorInvalidValue;
   if (p.rows == 0) return cudaSuccess;
   if (kLinearShapes[shape].wgmma) {
-    if (!fits(kLinearShapes[shape], bytes_of(shape, p.in_features), p.in_features, p.out_features, shared_bytes_of_device()))
-      return cudaErrorInvalidConfiguration;
+    if (!fits(kLinearShapes[shape], 0, p.in_features, p.out_features, 0)) return cudaErrorInvalidConfiguration;
     return linear_wgmma(p, shape, stream);
   }
   return with_half_type(p.type, [&](auto zero) {

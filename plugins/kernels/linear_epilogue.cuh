@@ -15,17 +15,27 @@ struct RowTile {
 };
 
 template <int kRows>
-__host__ __device__ constexpr int tiles_of_image(int seqlen) {
-  return (seqlen + kRows - 1) / kRows;
-}
-
-template <int kRows>
 __device__ __forceinline__ RowTile row_tile(const LinearParams& p, int64_t index) {
   if (p.left + p.right == 0) return {index * kRows, static_cast<int>(min(p.rows - index * kRows, static_cast<int64_t>(kRows))), 0, 0};
-  const int tiles = tiles_of_image<kRows>(p.seqlen), image = static_cast<int>(index / tiles), tile = static_cast<int>(index % tiles);
+  const int tiles = (p.seqlen + kRows - 1) / kRows, image = static_cast<int>(index / tiles), tile = static_cast<int>(index % tiles);
   const auto begin_of = [&](int i) { return static_cast<int>(static_cast<int64_t>(i) * p.seqlen / tiles); };
   const int begin = begin_of(tile);
   return {static_cast<int64_t>(image) * p.seqlen + begin, begin_of(tile + 1) - begin, image, begin};
+}
+
+// What the norm multiplies a row by that holds a sixteenth of the stream, whose squares add up to `total`.
+__device__ __forceinline__ float norm_factor(const LinearParams& p, float total) {
+  return rsqrtf(total / static_cast<float>(p.in_features) + p.epsilon) * (1.f / kStreamScale);
+}
+
+// Starts copying the residual's tile, zeros where it has no row; by kThreads threads.
+template <int kRows, int kColumns, int kThreads>
+__device__ __forceinline__ void bring_residual(const LinearParams& p, const RowTile& tile, int first_column, float* to, int thread) {
+  for (int i = thread; i < kRows * (kColumns / 4); i += kThreads) {
+    const int row = i / (kColumns / 4), column = i % (kColumns / 4) * 4;
+    copy_async_line16(to + row * kSumRow<kColumns> + column,
+                      p.residual + (tile.first + min(row, tile.rows - 1)) * p.out_features + first_column + column, row < tile.rows);
+  }
 }
 
 // Adds up kParts tiles, multiplies rows by the norm's factors if p.squares, adds the residual's tile if p.residual, which lies as

@@ -6,9 +6,9 @@
 
 namespace stm {
 
-// Shapes with `wgmma` of kLinearShapes. Shared memory of a block; more than any device has where this build or the current device
-// cannot run them.
-size_t linear_wgmma_bytes(int32_t shape);
+// Shapes with `wgmma` of kLinearShapes, if this build and the current device run them; a block's shared memory.
+bool linear_wgmma_supported();
+size_t linear_wgmma_bytes(int32_t shape, bool with_residual);
 cudaError_t linear_wgmma(const LinearParams& p, int32_t shape, cudaStream_t stream);
 
 // Tiles of so many rows that hold all of x.

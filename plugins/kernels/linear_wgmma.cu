@@ -1,9 +1,8 @@
-// linear_wgmma.cu: y = x weight^T on Hopper's wgmma, for products that are too large for linear.cu's blocks, each of which would
-// bring its operands from L2 too often, and too small for a library to fill the card. Weights are the left operand, 64 columns of
-// y a warpgroup, so that rows come in eights. Four warps bring both operands, 64 in_features at a time, the first weights while
-// the kernel before still runs. Its code is for sm_90a only; everywhere else the kernel is empty and no shared memory is enough.
+// linear_wgmma.cu: y = x weight^T on Hopper's wgmma, for all but the smallest products of few rows. Weights are the left operand,
+// 64 columns of y a warpgroup, so that rows come in eights. Four warps bring both operands, 64 in_features at a time, the first
+// weights while the kernel before still runs. Its code is for sm_90a only; everywhere else the kernel is empty and
+// linear_wgmma_supported says no.
 #include <algorithm>
-#include <climits>
 #include <cstdint>
 
 #include "launch.cuh"
@@ -27,7 +26,7 @@ struct LinearWgmmaTraits {
   static constexpr int kFactors = kBarriers + 16 * kStages;           // of the norm, a float a row
   static constexpr int kResidual = kFactors + (4 * kRows + 15) / 16 * 16;
   static constexpr size_t kBytes = kResidual, kBytesWithResidual = kResidual + kRows * kSumRow<kColumns> * sizeof(float);
-  static_assert(kColumns == 64 * kCut.across && kCut.along == 1 && kRows % 8 == 0);
+  static_assert(kColumns == 64 * kCut.across && kCut.along == 1 && kRows == 8 * kTiles && kBytes % 16 == 0);
   static_assert(kRows * kSumRow<kColumns> * 4 <= kBarriers && kBytesWithResidual <= 227 * 1024);
 };
 
@@ -99,11 +98,7 @@ __device__ __forceinline__ void linear_tile(const LinearParams& p) {
         barrier_wait(empty + 8 * ring.slot, ring.phase ^ 1);
         bring_weights(chunk, ring.slot);
       } else if (chunk == min(chunks, kStages) - 1 && p.residual) {
-        for (int i = thread; i < kRows * (kColumns / 4); i += Traits::kBringers) {
-          const int row = i / (kColumns / 4), column = i % (kColumns / 4) * 4;
-          copy_async_line16(residual + row * kSumRow<kColumns> + column,
-                            p.residual + (first_row + min(row, rows - 1)) * p.out_features + first_column + column, row < rows);
-        }
+        bring_residual<kRows, kColumns, Traits::kBringers>(p, tile, first_column, residual, thread);
       }
       bring_x(chunk, ring.slot);
       barrier_arrive_after_copies(full + 8 * ring.slot);
@@ -118,7 +113,7 @@ __device__ __forceinline__ void linear_tile(const LinearParams& p) {
       float total = sum_of_squares<kLanes>(p.squares + (first_row + row) * squares, squares, tid % kLanes);
       if (kLanes == 2) total += __shfl_xor_sync(~0u, total, 1);
       if (tid < kLanes * kRows && tid % kLanes == 0)
-        factors[tid / kLanes] = rsqrtf(total / static_cast<float>(p.in_features) + p.epsilon) * (1.f / kStreamScale);
+        factors[tid / kLanes] = norm_factor(p, total);
     }
     const int warpgroup = warp >> 2;
     Ring<kStages> ring;
@@ -169,9 +164,9 @@ template <typename T, int kShape>
 cudaError_t launch(const LinearParams& p, cudaStream_t stream) {
   using Traits = LinearWgmmaTraits<T, kShape>;
   const int64_t tiles = row_tiles(p, Traits::kRows), column_tiles = p.out_features / Traits::kColumns;
-  if (tiles > INT_MAX || column_tiles > 65535) return cudaErrorInvalidConfiguration;
+  if (!linear_wgmma_supported() || tiles > INT32_MAX || column_tiles > 65535) return cudaErrorInvalidConfiguration;
   constexpr auto kKernel = linear_wgmma_kernel<Traits>;
-  const size_t bytes = p.residual ? Traits::kBytesWithResidual : Traits::kBytes;
+  const size_t bytes = linear_wgmma_bytes(kShape, p.residual);
   const cudaError_t status = allow_shared<kKernel>(bytes);
   if (status != cudaSuccess) return status;
   return launch_dependent<kKernel>(dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(column_tiles)), dim3(Traits::kThreads), bytes,
@@ -180,14 +175,22 @@ cudaError_t launch(const LinearParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-size_t linear_wgmma_bytes(int32_t shape) {
-  return with_linear_shape(shape, [](auto index) {
-    size_t bytes = SIZE_MAX;
+bool linear_wgmma_supported() {
 #ifdef STM_SM90A
-    if constexpr (kLinearShapes[index].wgmma)
-      if (device_attribute(cudaDevAttrComputeCapabilityMajor, 0) == 9) bytes = LinearWgmmaTraits<__half, index>::kBytesWithResidual;
+  return once_a_device([](int) { return device_attribute(cudaDevAttrComputeCapabilityMajor, 0) == 9 ? 1 : 0; }) == 1;
+#else
+  return false;
 #endif
-    return bytes;
+}
+
+size_t linear_wgmma_bytes(int32_t shape, bool with_residual) {
+  return with_linear_shape(shape, [&](auto index) {
+    if constexpr (kLinearShapes[index].wgmma) {
+      using Traits = LinearWgmmaTraits<__half, index>;
+      return with_residual ? Traits::kBytesWithResidual : Traits::kBytes;
+    } else {
+      return size_t{0};
+    }
   });
 }
 

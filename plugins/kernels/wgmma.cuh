@@ -19,7 +19,8 @@ template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-// What this thread wrote to shared memory becomes visible to wgmma, after the next barrier.
+// Makes shared memory visible to wgmma: what this thread wrote, for those who pass the next barrier, or what others wrote before a
+// barrier that this thread has passed, for its own products.
 __device__ __forceinline__ void fence_for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // The compiler must not move its uses of the sums across this.
 template <int kCount>

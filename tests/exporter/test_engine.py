@@ -203,6 +203,31 @@ def machine(monkeypatch):
     return set_up
 
 
+@pytest.mark.parametrize(
+    ("archs", "options", "sm"),
+    [
+        ("90-real", {}, 90),
+        ("80 90", {}, 90),
+        ("90a-real", {}, 90),
+        ("80-real 120", {}, None),
+        ("native", {}, None),
+        ("90-real", {"hardware_compatible": True}, None),
+    ],
+)
+def test_an_engine_is_lowered_for_the_gpu_that_the_plugin_has_kernels_for(machine, monkeypatch, archs, options, sm):
+    machine(archs)
+    monkeypatch.setattr(engine_module, "lower_tensorrt", lambda *arguments: arguments)
+    options = BuildOptions(BatchProfile(1, 2, 4), fp16_accumulation=True, **options)
+    assert engine_module.lower_for_engine("model", "fp16", options) == ("model", "fp16", True, 4, sm)
+
+
+@pytest.mark.parametrize(("gpus", "sm"), [((), None), ((Gpu(0, "NVIDIA L4", 24 << 30, (8, 9)), *DRIVER.gpus), 89)], ids=["no GPU", "the first GPU"])
+def test_without_hopper_no_plugin_is_asked(monkeypatch, gpus, sm):
+    monkeypatch.setattr(engine_module, "driver", lambda with_version=True: Driver("580.0", "13.0", gpus))
+    monkeypatch.setattr(engine_module, "lower_tensorrt", lambda *arguments: arguments[-1])
+    assert engine_module.lower_for_engine("model", "fp16", BuildOptions()) == sm
+
+
 def test_plugin_without_code_for_this_gpu_is_refused_before_the_build(machine, engine):
     machine("80-real 120")  # sm_80 machine code runs on 8.x only, PTX 120 on later ones
     with pytest.raises(PluginError, match=r"sm_80 sm_120 \+ PTX 120, but NVIDIA H100 is sm_90"):

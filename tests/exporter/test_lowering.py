@@ -1,6 +1,8 @@
 """The `tensorrt` lowering: the same function, on our nodes only. Numbers come from onnx's reference evaluator."""
 
+import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -15,7 +17,7 @@ from exporter.op_schema import FUSED_OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION
 from exporter.passes.cast_precision import cast_precision
 from exporter.passes.detach_bodies import detach_bodies
 from exporter.passes.fuse_add_norm import fuse_add_norm
-from exporter.passes.fuse_linear import fuse_linear
+from exporter.passes.fuse_linear import MOST_MERGED, fuse_linear
 from exporter.passes.fuse_mixer import fuse_mixer
 from exporter.passes.fuse_patch_embed import fuse_patch_embed
 from exporter.passes.tensorrt import FUSIONS, check_lowered, lower_tensorrt, plugin_nodes
@@ -437,13 +439,21 @@ def test_other_products_stay(monkeypatch):
 def test_hopper_takes_larger_products(monkeypatch):
     """By the outputs of an in_proj, whatever its weights; features in multiples of 64 there."""
     portable = export_onnx(linear_model())
-    monkeypatch.setattr("exporter.passes.fuse_linear.MOST_PRODUCTS", 0)
-    assert not linear_nodes(lower_tensorrt(portable, "fp16", largest_batch=4, sm=89))
+    for name in ("MOST_PRODUCTS", "MOST_WEIGHTS"):
+        monkeypatch.setattr(f"exporter.passes.fuse_linear.{name}", 0)
+    for other in (None, 89, 100):
+        assert not linear_nodes(lower_tensorrt(portable, "fp16", largest_batch=4, sm=other))
+    # 31 tokens in layer 0 and the patch embedding, then 28
     monkeypatch.setattr("exporter.passes.fuse_linear.MOST_OUTPUTS_HOPPER", 4 * 28 * 256)
     few = linear_nodes(lower_tensorrt(portable, "fp16", largest_batch=4, sm=90))
-    in_and_out = [f"layers.{layer}.mixer.{name}/StmLinear" for layer in (1, 2, 3) for name in ("in_proj", "out_proj")]
-    assert list(few) == ["patch_embed.proj/StmLinear", *in_and_out]  # the patch embedding has 30 x 64 outputs
-    assert not linear_nodes(lower_tensorrt(portable, "fp16", largest_batch=4, sm=100))
+    assert list(few) == [f"layers.{layer}.mixer.{name}/StmLinear" for layer in (1, 2, 3) for name in ("in_proj", "out_proj")]
+    monkeypatch.setattr("exporter.passes.fuse_linear.MOST_OUTPUTS_HOPPER", 4 * 31 * 256)
+    assert "patch_embed.proj/StmLinear" in linear_nodes(lower_tensorrt(portable, "fp16", largest_batch=4, sm=90))
+
+
+def test_as_many_tokens_merge_as_the_kernel_takes():
+    header = (Path(__file__).parents[2] / "plugins" / "kernels" / "linear.h").read_text(encoding="utf-8")
+    assert int(re.search(r"kMostMerged = (\d+)", header)[1]) == MOST_MERGED
 
 
 ODD = {
@@ -456,7 +466,10 @@ ODD = {
 def test_products_that_no_shape_of_the_kernel_runs_stay(changes):
     model = stm.VisionMamba(CONFIG.with_changes(**changes)).eval()
     model.init_weights(3)
-    assert "patch_embed.proj/StmLinear" not in linear_nodes(lower_tensorrt(export_onnx(model), "fp16", largest_batch=1))
+    portable = export_onnx(model)
+    assert "patch_embed.proj/StmLinear" not in linear_nodes(lower_tensorrt(portable, "fp16", largest_batch=1))
+    on_hopper = linear_nodes(lower_tensorrt(portable, "fp16", largest_batch=1, sm=90))
+    assert ("patch_embed.proj/StmLinear" in on_hopper) == (changes["d_model"] % 64 == 0)
 
 
 def test_a_norm_whose_weight_would_not_fit_fp16_stays():

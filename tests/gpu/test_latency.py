@@ -53,15 +53,14 @@ def test_vim_s_builds_in_time(portables, work, record):
     """Level 3, profile 1:64:128, rate 0.2: cold and with a warm timing cache, the first Builder apart."""
     import onnx
 
-    from exporter.engine import BatchProfile, BuildOptions, build_engine, process
-    from exporter.passes.tensorrt import lower_tensorrt
+    from exporter.engine import BatchProfile, BuildOptions, build_engine, lower_for_engine, process
 
     case = ("vim-s", 0.2, (224, 224))
     if case not in WANTED:
         pytest.fail("STM_GPU_MODELS leaves vim-s out; run the latency part with all models")
-    lowered = lower_tensorrt(onnx.load(str(portables(case))), "fp16")
     assert process().builder is not None  # loaded: it is not what is timed
     options = BuildOptions(batch=BatchProfile(*BATCHES), timing_cache=work / "vim-s.cache", opt_level=3)
+    lowered = lower_for_engine(onnx.load(str(portables(case))), "fp16", options)
     _, cold = build_engine(lowered, options)
     _, warm = build_engine(lowered, options)
     record("build", model="vim-s", cold_seconds=cold.seconds, warm_seconds=warm.seconds)

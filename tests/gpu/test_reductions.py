@@ -62,12 +62,12 @@ def test_engine_of_a_method(method, exported, work, record):
     import onnx
 
     import stm
-    from exporter.engine import BatchProfile, BuildOptions, build_engine, deserialize, process
-    from exporter.passes.tensorrt import lower_tensorrt
+    from exporter.engine import BatchProfile, BuildOptions, build_engine, deserialize, lower_for_engine, process
     from stm.reduction import parse_reduction, with_reduction
 
-    lowered = lower_tensorrt(onnx.load(str(exported(method))), "fp16")
-    blob, info = build_engine(lowered, BuildOptions(batch=BatchProfile(*BATCHES), timing_cache=work / "timing.cache", opt_level=1))
+    options = BuildOptions(batch=BatchProfile(*BATCHES), timing_cache=work / "timing.cache", opt_level=1)
+    lowered = lower_for_engine(onnx.load(str(exported(method))), "fp16", options)
+    blob, info = build_engine(lowered, options)
     assert sorted(info.plugin_layers) == sorted(plugin_nodes(lowered))
     engine = deserialize(process(), blob)
 

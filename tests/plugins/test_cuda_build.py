@@ -47,7 +47,7 @@ def run(command, **options):
     return ran.stdout
 
 
-def build(folder, *options):
+def build(folder, *options, target=None):
     """Configure and build; the compilers' output."""
     nvcc, cmake, ninja = find_nvcc(), find_tool("cmake", MIN_CMAKE), find_tool("ninja")
     assert nvcc, "no nvcc: pip install nvidia-cuda-nvcc nvidia-cuda-cccl nvidia-cuda-runtime (they are in the `test` extra)"
@@ -55,7 +55,7 @@ def build(folder, *options):
     assert ninja, "no ninja: pip install ninja"
     # The architectures are CMakeLists.txt's own: a list here would hide that one is lost there.
     run([cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DCMAKE_CUDA_COMPILER={nvcc}", *options])
-    return run([cmake, "--build", folder])
+    return run([cmake, "--build", folder, *(["--target", target] if target else [])])
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,12 @@ def test_fast_kernels_do_not_spill(kernels):
     fast = [kernel for kernel in compiled(kernels[1]) if FAST.search(kernel.name)]
     assert len(fast) >= 2 * len(ARCHITECTURES)
     assert not [kernel for kernel in fast if kernel.spill_bytes > MAX_SPILL_BYTES.get(kernel.sm, MAX_SPILL_BYTES_ELSEWHERE)]
+
+
+def test_hoppers_sources_compile_for_another_gpu_alone(tmp_path):
+    """Without sm_90 in the list their kernels are empty; seconds, since only they are compiled."""
+    build(tmp_path, "-DSTM_CUDA_ARCHITECTURES=89-real", target="stm_kernels_wgmma")
+    assert len(list(tmp_path.rglob("*_wgmma.cu.o"))) == len(list((ROOT / "plugins" / "kernels").glob("*_wgmma.cu"))) > 1
 
 
 def test_kernel_library_and_its_test_are_there(kernels):

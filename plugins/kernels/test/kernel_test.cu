@@ -775,6 +775,9 @@ void test_linear(const LinearCase& c, DataType T) {
     report("linear fp32", text, 0, 1, linear_supported(c.in_features, c.out_features, T) ? "is said to be supported" : "");
     return;
   }
+  for (const LinearShape& shape : kLinearShapes)
+    if (linear_fits(shape, c.in_features, c.out_features, true) && !linear_supported(c.in_features, c.out_features, T))
+      report("linear refusals", text, 0, 1, name_of(shape) + " runs it, but it is said not to be supported");
   const double bound = T == DataType::kFloat16 ? 4e-4 : 3e-3;  // y is rounded to T
   for (int i = -1; i < kNbLinearShapes; i++) {
     auto enqueue = [&](cudaStream_t s) { return i < 0 ? linear(p, s) : linear(p, i, s); };
@@ -796,7 +799,8 @@ void test_linear_norm(const LinearCase& c, DataType T, int images = 1, int left 
   if (T == f || N % 64 != 0) return;
   const double epsilon = 1e-5, size = rows % 2 ? 30 : 0.02;  // of the residual
   const Values x = gaussian(T, c.rows * K, 0, 1, 1), weight = gaussian(T, N * K, 0, 1 / std::sqrt(static_cast<double>(K)), 2);
-  const Values residual = gaussian(f, c.rows * N, 0, size, 3), merge_weights = gaussian(f, (left ? images : 1) * (left + right), 0.5, 0.3, 5), back = gaussian(T, K * N, 0, 1 / std::sqrt(static_cast<double>(N)), 4);
+  const Values residual = gaussian(f, c.rows * N, 0, size, 3), merge_weights = gaussian(f, (left ? images : 1) * (left + right), 0.5, 0.3, 5);
+  const Values back = gaussian(T, K * N, 0, 1 / std::sqrt(static_cast<double>(N)), 4);
   Values every = product(x, weight, c.rows, N, K), sum(static_cast<size_t>(rows * N));
   for (size_t i = 0; i < every.size(); i++) every[i] += residual[i];
   for (int64_t m = 0; m < rows; m++)
@@ -856,7 +860,8 @@ void test_linear_norm(const LinearCase& c, DataType T, int images = 1, int left 
   LinearParams broken = p;
   broken.squares_out = nullptr;
   report("linear norm refusals", text, 0, 1, linear(broken, nullptr) == cudaErrorInvalidValue ? "" : "a residual without squares_out is taken");
-  for (int what = 0; what < 5; what++) {
+  for (int what = 0; what < 6; what++) {
+    if (what == 5 && seqlen == 1) continue;  // any rows are images of one token
     broken = p;
     broken.left = 1, broken.merge_weights = merge_buffer.as<float>();
     if (what == 0) broken.left = kMostMerged + 1;
@@ -864,6 +869,7 @@ void test_linear_norm(const LinearCase& c, DataType T, int images = 1, int left 
     if (what == 2) broken.seqlen = 1 + right;
     if (what == 3) broken.residual = nullptr;
     if (what == 4) broken.merge_weights = nullptr;
+    if (what == 5) broken.rows += 1;
     report("linear norm refusals", text, 0, 1, linear(broken, nullptr) == cudaErrorInvalidValue ? "" : "a merge that cannot be is taken");
   }
 }
@@ -1190,10 +1196,10 @@ std::vector<Case> conv_cases() {
 }
 
 std::vector<LinearCase> linear_cases() {
-  if (options.quick) return {{9, 64, 32}, {41, 384, 192}, {197, 192, 768}, {70, 1536, 768}};
+  if (options.quick) return {{9, 64, 32}, {41, 384, 192}, {197, 192, 768}, {70, 1536, 768}, {123, 128, 128}};  // the last: three images merge
   std::vector<LinearCase> cases;
-  for (int rows : {1, 7, 8, 9, 23, 24, 25, 39, 40, 41, 56, 57, 79, 80, 81, 161}) cases.push_back({rows, 128, 384});
-  for (auto [K, N] : {std::pair<int, int>{64, 32}, {128, 16}, {128, 32}, {192, 96}, {448, 64}, {576, 128}, {1024, 16}, {2048, 192}})
+  for (int rows : {1, 7, 8, 9, 23, 24, 25, 39, 40, 41, 56, 57, 79, 80, 81, 123, 161, 591}) cases.push_back({rows, 128, 384});
+  for (auto [K, N] : {std::pair<int, int>{64, 32}, {128, 16}, {128, 32}, {192, 96}, {448, 64}, {576, 128}, {1024, 16}, {2048, 192}, {6912, 192}})
     cases.push_back({50, K, N});
   for (const Model& m : kModels)
     for (int rows : {158, 197, 577}) {

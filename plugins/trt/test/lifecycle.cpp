@@ -505,6 +505,9 @@ void check_bad_attributes() {
   refuse("StmAddMergeNorm", without(table, "out_len"), {"'out_len' is missing"});
   // Defaults, and a STRING without its NUL.
   CHECK(Handle(create("StmMambaScan", {{"weight_mode", 0}, {"scaled_decay", 0}})).plugin);
+  const Case before_merges = linear_case(DataType::kHALF, 1, 1);  // as kernel version 10 wrote it into engines
+  const Handle old(create("StmLinear", without(without(before_merges.attributes, "left"), "right"), TensorRTPhase::kRUNTIME));
+  CHECK(old.plugin && old.build->getNbOutputs() == 3);
   const PluginField bare{"merge", "none", PluginFieldType::kCHAR, 4};
   const PluginFieldCollection one{1, &bare};
   const Handle h(creator_of("StmAddMergeNorm")->createPlugin("node_7", &one, TensorRTPhase::kBUILD));
