@@ -172,8 +172,8 @@ cudaError_t launch(const LinearParams& p, cudaStream_t stream) {
 // With fewer blocks of wgmma, other shapes are as fast: ViM-Ti's out_proj of one image.
 constexpr int64_t kFewBlocks = 20;
 
-// With what a norm needs, of a residual or of squares.
-size_t bytes_of(int32_t shape, int32_t in_features, bool with_residual = true) {
+// Shared memory of a block; of the shapes without wgmma with all that a norm may need.
+size_t bytes_of(int32_t shape, int32_t in_features, bool with_residual) {
   return with_linear_shape(shape, [&](auto index) {
     if constexpr (kLinearShapes[index].wgmma) {
       return linear_wgmma_bytes(index, with_residual);
