@@ -150,8 +150,8 @@ __global__ __launch_bounds__(Traits::kThreads, 1) void linear_kernel(const __gri
   put_out<T, kRows, kColumns, Traits::kAlong, kThreads>(p, tile, first_column, buffer, added, factors);
 }
 
-bool fits(const LinearShape& shape, size_t bytes, int32_t in_features, int32_t out_features, size_t most) {
-  return in_features % (shape.wgmma ? 64 : 32 * shape.along) == 0 && out_features % shape.columns == 0 && bytes <= most;
+bool divides(const LinearShape& shape, int32_t in_features, int32_t out_features) {
+  return in_features % (shape.wgmma ? 64 : 32 * shape.along) == 0 && out_features % shape.columns == 0;
 }
 
 template <typename T, int kShape>
@@ -161,7 +161,7 @@ cudaError_t launch(const LinearParams& p, cudaStream_t stream) {
   const size_t own = shared_bytes<Traits>(p.in_features);
   const size_t bytes = own + (p.squares || p.residual ? kAddedBytes<Traits> : 0);
   const int64_t tiles = row_tiles(p, Traits::kRows), column_tiles = p.out_features / Traits::kColumns;
-  if (!fits(Traits::kCut, bytes, p.in_features, p.out_features, shared_bytes_of_device()) || tiles > INT32_MAX || column_tiles > 65535)
+  if (!divides(Traits::kCut, p.in_features, p.out_features) || bytes > shared_bytes_of_device() || tiles > INT32_MAX || column_tiles > 65535)
     return cudaErrorInvalidConfiguration;
   const cudaError_t status = allow_shared<kKernel>(bytes);
   if (status != cudaSuccess) return status;
@@ -202,7 +202,7 @@ int32_t linear_shape(const LinearParams& p) {
   for (int32_t i = 0; i < kNbLinearShapes; i++) {
     const LinearShape& shape = kLinearShapes[i];
     const size_t bytes = bytes_of(i, p.in_features, p.residual != nullptr);
-    if (!fits(shape, bytes, p.in_features, p.out_features, most) || (shape.wgmma && !hopper)) continue;
+    if (!divides(shape, p.in_features, p.out_features) || bytes > most || (shape.wgmma && !hopper)) continue;
     const int64_t blocks = row_tiles(p, shape.rows) * (p.out_features / shape.columns);
     if (shape.wgmma && best >= 0 && blocks < kFewBlocks) continue;
     const int64_t a_processor = (blocks + processors - 1) / processors;
@@ -233,10 +233,8 @@ cudaError_t linear(const LinearParams& p, int32_t shape, cudaStream_t stream) {
   if (p.left < 0 || p.right < 0 || p.left > kMostMerged || p.right > kMostMerged) return cudaErrorInvalidValue;
   if (p.left + p.right > 0 && (!p.residual || !p.merge_weights || p.left + p.right >= p.seqlen || p.rows % p.seqlen != 0)) return cudaErrorInvalidValue;
   if (p.rows == 0) return cudaSuccess;
-  if (kLinearShapes[shape].wgmma) {
-    if (!fits(kLinearShapes[shape], 0, p.in_features, p.out_features, 0)) return cudaErrorInvalidConfiguration;
-    return linear_wgmma(p, shape, stream);
-  }
+  if (kLinearShapes[shape].wgmma)
+    return divides(kLinearShapes[shape], p.in_features, p.out_features) ? linear_wgmma(p, shape, stream) : cudaErrorInvalidConfiguration;
   return with_half_type(p.type, [&](auto zero) {
     return with_linear_shape(shape, [&](auto index) {
       if constexpr (!kLinearShapes[index].wgmma) return launch<decltype(zero), index>(p, stream);
